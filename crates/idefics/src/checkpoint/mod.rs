@@ -1,0 +1,5 @@
+//! Model files: configuration, safetensors (single or sharded), the hub.
+
+mod weight;
+
+pub use weight::{DType, Weight};

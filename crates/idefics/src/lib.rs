@@ -1,0 +1,14 @@
+//! IDEFICS-1 in Rust: prompts of interleaved images and text in, text out.
+//!
+//! The data flows one way: [`processor`] turns [`Segment`]s into token ids, pixels and one image index per
+//! token; [`model`] reads pictures once and tokens step by step; [`generate`] decides which token comes next.
+//! [`checkpoint`] is the only module that opens model files, [`ops`] the only one that touches the tensor library.
+
+pub mod checkpoint;
+pub mod config;
+pub mod generate;
+pub mod model;
+pub mod ops;
+pub mod processor;
+
+pub use processor::{Prompt, Segment, SequenceInputs};
