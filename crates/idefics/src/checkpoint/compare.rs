@@ -147,11 +147,8 @@ pub(super) fn name_list(names: &[impl AsRef<str>]) -> String {
 fn shortened(items: impl ExactSizeIterator<Item = String>) -> String {
     const MOST: usize = 100;
     let rest = items.len().saturating_sub(MOST);
-    let mut list = items.take(MOST).collect::<Vec<_>>().join(", ");
-    if rest > 0 {
-        list.push_str(&format!(", and {rest} more"));
-    }
-    list
+    let list = items.take(MOST).collect::<Vec<_>>().join(", ");
+    if rest > 0 { format!("{list}, and {rest} more") } else { list }
 }
 
 /// `model.layers.12.mlp` as `model.layers.`, 12, `.mlp`; a name without a number has it all before.
