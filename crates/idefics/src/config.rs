@@ -55,6 +55,7 @@ pub struct PerceiverConfig {
 /// The whole model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_excessive_bools, reason = "the fields are the file's")]
 pub struct IdeficsConfig {
     /// `idefics`, or nothing in a file written by hand.
     #[serde(skip_serializing_if = "Option::is_none")]

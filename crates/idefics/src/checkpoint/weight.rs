@@ -180,6 +180,7 @@ impl Weight {
     }
 
     /// The same numbers in another type, rounded to nearest even; a clone if the type is already right.
+    #[must_use]
     pub fn to_dtype(&self, dtype: DType) -> Self {
         if dtype == self.dtype {
             return self.clone();
@@ -198,6 +199,7 @@ impl Weight {
     /// # Panics
     ///
     /// When the weight has no dimension or not that many rows.
+    #[must_use]
     pub fn rows(&self, rows: Range<usize>) -> Self {
         let (&count, inner) = self.shape.split_first().expect("only a weight with a dimension has rows");
         assert!(rows.start <= rows.end && rows.end <= count, "rows {rows:?} of a weight with {count}");
@@ -214,6 +216,7 @@ impl Weight {
     /// # Panics
     ///
     /// When the new shape holds another number of elements.
+    #[must_use]
     pub fn reshape(&self, shape: impl Into<Vec<usize>>) -> Self {
         let shape = shape.into();
         assert_eq!(
