@@ -1,10 +1,10 @@
 //! Building layers from named weights, with the checkpoint's path spelled as it is read.
 
-use std::{collections::HashMap, fmt::Display};
+use std::fmt::Display;
 
 use super::ModelError;
 use crate::{
-    checkpoint::Weight,
+    checkpoint::{Weight, Weights},
     ops::{LayerNorm, Linear, RmsNorm},
 };
 
@@ -14,7 +14,7 @@ pub trait WeightSource {
     fn weight(&self, name: &str) -> Option<Weight>;
 }
 
-impl<S: std::hash::BuildHasher> WeightSource for HashMap<String, Weight, S> {
+impl WeightSource for Weights {
     fn weight(&self, name: &str) -> Option<Weight> {
         self.get(name).cloned()
     }
