@@ -1,5 +1,9 @@
 //! Prompts in, model inputs out: token ids, pixels, and for each token the image it sees.
 
+pub mod decode;
+pub mod error;
+pub mod resize;
+
 use std::{path::PathBuf, sync::Arc};
 
 /// One piece of a prompt. Only an image segment can name a file or an address; a text that looks like a URL
