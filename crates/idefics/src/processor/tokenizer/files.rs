@@ -225,7 +225,8 @@ impl AddedTokenEntry {
 
 /// The file as JSON, or nothing if there is none.
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TokenizerError> {
-    let malformed = |e: serde_json::Error| TokenizerError::Malformed { path: path.to_owned(), reason: e.to_string() };
+    let malformed =
+        |e: serde_json::Error| TokenizerError::Malformed { path: path.to_owned(), reason: e.to_string() };
     read(path)?.map(|bytes| serde_json::from_slice(&bytes).map_err(malformed)).transpose()
 }
 
