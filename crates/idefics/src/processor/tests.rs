@@ -85,13 +85,12 @@ fn end_of_utterance_follows_the_vocabulary() {
         let options = ProcessOptions { add_end_of_utterance: add, ..ProcessOptions::default() };
         processor.prompt_text(&prompt, &options).map_err(|e| e.to_string())
     };
-    use AddEndOfUtterance::{Always, Auto, Never};
-    assert_eq!(of(&INSTRUCT, Auto).unwrap(), "<s>a<end_of_utterance>b");
-    assert_eq!(of(&INSTRUCT, Always).unwrap(), "<s>a<end_of_utterance>b");
-    assert_eq!(of(&INSTRUCT, Never).unwrap(), "<s>ab");
-    assert_eq!(of(&BASE, Auto).unwrap(), "<s>ab");
+    assert_eq!(of(&INSTRUCT, AddEndOfUtterance::Auto).unwrap(), "<s>a<end_of_utterance>b");
+    assert_eq!(of(&INSTRUCT, AddEndOfUtterance::Always).unwrap(), "<s>a<end_of_utterance>b");
+    assert_eq!(of(&INSTRUCT, AddEndOfUtterance::Never).unwrap(), "<s>ab");
+    assert_eq!(of(&BASE, AddEndOfUtterance::Auto).unwrap(), "<s>ab");
     assert_eq!(
-        of(&BASE, Always).unwrap_err(),
+        of(&BASE, AddEndOfUtterance::Always).unwrap_err(),
         "option `add_end_of_utterance`: the vocabulary has no `<end_of_utterance>`: expected an instruct checkpoint"
     );
 }
