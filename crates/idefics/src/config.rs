@@ -3,7 +3,13 @@
 //! Field names are Hugging Face's. Unknown keys are tolerated, as the published files carry several that no
 //! code reads. Source: transformers `models/idefics/configuration_idefics.py`.
 
-use serde::{Deserialize, Serialize};
+mod validate;
+
+pub use validate::ConfigError;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::checkpoint::DType;
 
 /// The CLIP vision tower.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,7 +55,17 @@ pub struct PerceiverConfig {
 /// The whole model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_excessive_bools, reason = "the fields are the file's")]
 pub struct IdeficsConfig {
+    /// `idefics`, or nothing in a file written by hand.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model_type: Option<String>,
+    /// Element type of the stored weights as transformers 5 writes it; see [`IdeficsConfig::declared_dtype`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<String>,
+    /// The same as older versions write it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub torch_dtype: Option<String>,
     /// Rows of the base embedding and head, `V` in shapes.
     pub vocab_size: usize,
     /// Rows of the additional embedding and head, `A` in shapes.
@@ -104,10 +120,27 @@ pub struct IdeficsConfig {
     pub max_position_embeddings: usize,
     /// Rotary embedding parameters (transformers 5.17 and later).
     pub rope_parameters: Option<RopeParameters>,
+    /// How the weights were quantized, if they were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantization_config: Option<QuantizationConfig>,
     /// The vision tower.
+    #[serde(deserialize_with = "null_is_default")]
     pub vision_config: VisionConfig,
     /// The perceiver resampler.
+    #[serde(deserialize_with = "null_is_default")]
     pub perceiver_config: PerceiverConfig,
+}
+
+/// The part of `quantization_config` that says whose format the weights are in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct QuantizationConfig {
+    /// `bitsandbytes`, `gptq`, `awq`, …
+    pub quant_method: Option<String>,
+    /// bitsandbytes: 4-bit blocks.
+    pub load_in_4bit: bool,
+    /// bitsandbytes: 8-bit rows.
+    pub load_in_8bit: bool,
 }
 
 /// `rope_parameters` of newer configurations.
@@ -188,6 +221,9 @@ impl Default for PerceiverConfig {
 impl Default for IdeficsConfig {
     fn default() -> Self {
         Self {
+            model_type: None,
+            dtype: None,
+            torch_dtype: None,
             vocab_size: 32000,
             additional_vocab_size: 0,
             hidden_size: 4096,
@@ -215,8 +251,24 @@ impl Default for IdeficsConfig {
             use_resampler: false,
             max_position_embeddings: 2048,
             rope_parameters: None,
+            quantization_config: None,
             vision_config: VisionConfig::default(),
             perceiver_config: PerceiverConfig::default(),
+        }
+    }
+}
+
+/// Older files hold `null` where a nested configuration has its defaults.
+fn null_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(json: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(json)?.unwrap_or_default())
+}
+
+impl TokenIds {
+    /// The ids, one or many.
+    pub fn as_slice(&self) -> &[u32] {
+        match self {
+            Self::One(id) => std::slice::from_ref(id),
+            Self::Many(ids) => ids,
         }
     }
 }
@@ -237,6 +289,22 @@ impl IdeficsConfig {
     /// Number of gated cross-attention blocks: one before layers 0, n, 2n, …
     pub fn num_cross_layers(&self) -> usize {
         self.num_hidden_layers.div_ceil(self.cross_layer_interval)
+    }
+
+    /// Width of the keys and values that the cross-attention reads: the vision tower's.
+    pub fn image_dim(&self) -> usize {
+        self.vision_config.embed_dim
+    }
+
+    /// Element type that the file says its weights have; `None` where it says nothing or something else.
+    pub fn declared_dtype(&self) -> Option<DType> {
+        let name = self.dtype.as_deref().or(self.torch_dtype.as_deref())?;
+        match name.strip_prefix("torch.").unwrap_or(name) {
+            "float32" => Some(DType::F32),
+            "float16" => Some(DType::F16),
+            "bfloat16" => Some(DType::Bf16),
+            _ => None,
+        }
     }
 
     /// Base of the rotary embedding.

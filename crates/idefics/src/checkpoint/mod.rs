@@ -1,5 +1,217 @@
 //! Model files: configuration, safetensors (single or sharded), the hub.
+//!
+//! Everything that comes from a file is checked here, before anything is computed from it: [`Checkpoint::open`]
+//! either returns tensors that fit the configuration exactly or says what is wrong. Opening reads the headers
+//! only; weights stay where they are mapped.
 
+mod compare;
+mod error;
+mod generation_config;
+mod header;
+mod index;
+mod layout;
+mod mmap;
 mod weight;
+mod weights;
 
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+pub use compare::{Mismatch, WrongShape};
+pub use error::CheckpointError;
+pub use generation_config::{EarlyStopping, GenerationConfigFile, StopStrings};
+pub use header::{HeaderError, TensorInfo, parse_header};
+pub use index::{Index, IndexError};
+pub use layout::{Component, expected_tensors};
 pub use weight::{DType, Weight};
+pub use weights::Weights;
+
+use crate::config::IdeficsConfig;
+use error::io_error;
+use weights::Gathered;
+
+/// Largest configuration file that is read.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Largest index that is read; the 80B model's has a fifth of a megabyte.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+
+const WEIGHTS_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// A model directory, opened and found consistent.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// Where it lies.
+    pub directory: PathBuf,
+    /// `config.json`.
+    pub config: IdeficsConfig,
+    /// `generation_config.json`, or nothing where there is none.
+    pub generation_config: GenerationConfigFile,
+    /// All tensors that the configuration calls for, and no other. Tied heads are there too.
+    pub weights: Weights,
+    /// The files that hold them.
+    pub files: Vec<PathBuf>,
+    /// Stored tensors that are not used: buffers that old versions of the reference saved.
+    pub ignored: Vec<String>,
+}
+
+impl Checkpoint {
+    /// Opens the model in a directory: reads the configuration, maps the weights, checks all names and shapes.
+    ///
+    /// The weight files must not be changed or shortened while any weight is in use; replacing them by new files
+    /// of the same name is fine.
+    pub fn open(directory: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        let directory = directory.as_ref();
+        let config = read_config(directory)?;
+        let generation_config = read_generation_config(directory)?;
+        refuse_quantized(directory, &config)?;
+        let files = weight_files(directory)?;
+        let mut gathered = Gathered::default();
+        for path in &files.paths {
+            gathered.add_file(path)?;
+        }
+        if let Some((path, index)) = &files.index {
+            check_index(path, index, &gathered)?;
+        }
+        let Gathered { mut weights, ignored, .. } = gathered;
+        compare::check(&mut weights, &config)?;
+        Ok(Self {
+            directory: directory.to_owned(),
+            config,
+            generation_config,
+            weights,
+            files: files.paths,
+            ignored,
+        })
+    }
+}
+
+/// Reads and validates `config.json`.
+pub fn read_config(directory: &Path) -> Result<IdeficsConfig, CheckpointError> {
+    if !fs::metadata(directory).map_err(io_error(directory))?.is_dir() {
+        return Err(CheckpointError::NotADirectory { path: directory.to_owned() });
+    }
+    let path = directory.join("config.json");
+    let text = read_text(&path, MAX_CONFIG_BYTES)?;
+    IdeficsConfig::from_json(&text).map_err(|source| CheckpointError::Config { path, source })
+}
+
+/// Reads `generation_config.json`; a directory without one proposes nothing.
+pub fn read_generation_config(directory: &Path) -> Result<GenerationConfigFile, CheckpointError> {
+    let path = directory.join("generation_config.json");
+    if !path.exists() {
+        return Ok(GenerationConfigFile::default());
+    }
+    let text = read_text(&path, MAX_CONFIG_BYTES)?;
+    serde_json::from_str(&text).map_err(|source| CheckpointError::GenerationConfig { path, source })
+}
+
+/// The weight files of a directory.
+struct WeightFiles {
+    /// In the order of their names; those that an index names have their links resolved.
+    paths: Vec<PathBuf>,
+    index: Option<(PathBuf, Placement)>,
+}
+
+/// The file in which each tensor lies, as an index says.
+type Placement = BTreeMap<String, PathBuf>;
+
+/// Finds the weights: a single file if there is one, as the reference does, else the shards of the index.
+fn weight_files(directory: &Path) -> Result<WeightFiles, CheckpointError> {
+    let single = directory.join(WEIGHTS_FILE);
+    if single.exists() {
+        return Ok(WeightFiles { paths: vec![single], index: None });
+    }
+    let path = directory.join(INDEX_FILE);
+    if !path.exists() {
+        return Err(no_weights(directory));
+    }
+    let text = read_text(&path, MAX_INDEX_BYTES)?;
+    let bad = |source| CheckpointError::Index { path: path.clone(), source };
+    let index = Index::from_json(&text).map_err(bad)?;
+    let mut shards = BTreeMap::new();
+    for name in index.shards() {
+        shards.insert(name, index::find_shard(directory, name).map_err(bad)?);
+    }
+    let placement =
+        index.weight_map.iter().map(|(tensor, shard)| (tensor.clone(), shards[shard.as_str()].clone()));
+    Ok(WeightFiles {
+        index: Some((path.clone(), placement.collect())),
+        paths: shards.into_values().collect(),
+    })
+}
+
+/// Checks that every tensor lies in the shard that the index names for it, and that the index names all.
+fn check_index(path: &Path, placement: &Placement, gathered: &Gathered) -> Result<(), CheckpointError> {
+    if *placement == gathered.file_of {
+        return Ok(());
+    }
+    let odd = |a: &Placement, b: &Placement| -> Vec<String> {
+        a.iter()
+            .filter(|(tensor, file)| b.get(*tensor) != Some(file))
+            .map(|(tensor, _)| tensor.clone())
+            .collect()
+    };
+    let mut tensors = odd(placement, &gathered.file_of);
+    tensors.extend(odd(&gathered.file_of, placement));
+    tensors.sort();
+    tensors.dedup();
+    Err(CheckpointError::IndexDisagrees { path: path.to_owned(), tensors: compare::name_list(&tensors) })
+}
+
+/// Why there are no weights: pickles get their own message.
+fn no_weights(directory: &Path) -> CheckpointError {
+    let pickle = |path: &PathBuf| {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        matches!(extension, Some("bin" | "pt" | "pth" | "ckpt"))
+    };
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(source) => return io_error(directory)(source),
+    };
+    let mut pickles: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(pickle).collect();
+    pickles.sort();
+    match pickles.into_iter().next() {
+        Some(path) => CheckpointError::Pickle { path },
+        None => CheckpointError::NoWeights { path: directory.to_owned() },
+    }
+}
+
+/// Names the quantization of a directory that says it is quantized.
+fn refuse_quantized(directory: &Path, config: &IdeficsConfig) -> Result<(), CheckpointError> {
+    if let Some(quantization) = &config.quantization_config {
+        let method = match quantization.quant_method.as_deref() {
+            Some(method) => header::printable(method),
+            None if quantization.load_in_4bit || quantization.load_in_8bit => "bitsandbytes".to_owned(),
+            None => "by an unnamed method".to_owned(),
+        };
+        return Err(CheckpointError::Quantized { path: directory.join("config.json"), method });
+    }
+    let path = directory.join("quantize_config.json");
+    if path.exists() {
+        return Err(CheckpointError::Quantized { path, method: "GPTQ or AWQ".to_owned() });
+    }
+    Ok(())
+}
+
+/// Reads a whole text file that may not be longer than `limit`.
+fn read_text(path: &Path, limit: u64) -> Result<String, CheckpointError> {
+    // Opening a pipe would wait for its writer.
+    if !fs::metadata(path).map_err(io_error(path))?.is_file() {
+        return Err(CheckpointError::NotAFile { path: path.to_owned() });
+    }
+    let file = File::open(path).map_err(io_error(path))?;
+    let mut text = String::new();
+    let length = file.take(limit + 1).read_to_string(&mut text).map_err(io_error(path))?;
+    if length as u64 > limit {
+        return Err(CheckpointError::TooLarge { path: path.to_owned(), limit });
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,204 @@
+//! `out = x · Wᵀ + bias` over weights that stay where they are, in the layout of the checkpoint.
+//!
+//! `x` is `[M, K]`, `W` is `[N, K]`, `out` is `[M, N]`, all row-major. Both operands are read along `K`, so a
+//! tile of dot products needs no packed copy of the weight (the idea of llamafile's tinyBLAS). Each output
+//! element is one vector accumulator run along `K` and reduced at the end: the same bits for any `M`, any
+//! tiling and any number of threads.
+
+pub(crate) mod tile;
+
+#[cfg(test)]
+mod tests;
+
+use half::{bf16, f16};
+
+use crate::{
+    Isa, Tier,
+    parallel::{SharedMut, for_each},
+    simd::{Element, portable::Portable},
+};
+use tile::{Panel, Widened, panel};
+
+/// A borrowed row-major weight `[N, K]`.
+#[derive(Debug, Clone, Copy)]
+pub enum Matrix<'a> {
+    /// 32-bit elements.
+    F32(&'a [f32]),
+    /// IEEE half precision elements.
+    F16(&'a [f16]),
+    /// bf16 elements.
+    Bf16(&'a [bf16]),
+}
+
+/// What the factors of a product are rounded to. Sums are always `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compute {
+    /// Activations as they are, weights widened exactly.
+    F32,
+    /// Both factors rounded to bf16, to nearest even.
+    Bf16,
+}
+
+/// Weight rows that a thread takes at a time: as bf16 they fill some 40 % of a 1 MiB second-level cache at
+/// `K` = 5120, and a multiple of every tile width.
+const PANEL_ROWS: usize = 40;
+
+impl Matrix<'_> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(data) => data.len(),
+            Self::F16(data) => data.len(),
+            Self::Bf16(data) => data.len(),
+        }
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// `out [M, N] = x [M, K] · weight [N, K]ᵀ + bias [N]`.
+///
+/// # Panics
+/// If the lengths do not fit together: `k` must divide `x` and `weight`, `out` must be `M · N`.
+pub fn linear(
+    isa: Isa,
+    compute: Compute,
+    x: &[f32],
+    weight: Matrix<'_>,
+    k: usize,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    assert!(
+        k > 0 && x.len().is_multiple_of(k) && weight.len().is_multiple_of(k),
+        "{k} does not divide {} and {}",
+        x.len(),
+        weight.len()
+    );
+    let (m, n) = (x.len() / k, weight.len() / k);
+    assert_eq!(out.len(), m * n, "an output of [{m}, {n}] was expected");
+    assert!(bias.is_none_or(|bias| bias.len() == n), "a bias of [{n}] was expected");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let job = Job { isa, k, m, n, bias, out: SharedMut::new(out) };
+    match (compute, weight) {
+        (Compute::F32, Matrix::F32(weight)) => job.widened(x, weight),
+        (Compute::F32, Matrix::F16(weight)) => job.widened(x, weight),
+        (Compute::F32, Matrix::Bf16(weight)) => job.widened(x, weight),
+        (Compute::Bf16, Matrix::F32(weight)) => job.rounded(&round(x), weight),
+        (Compute::Bf16, Matrix::F16(weight)) => job.rounded(&round(x), weight),
+        (Compute::Bf16, Matrix::Bf16(weight)) => {
+            let x = round(x);
+            job.for_each_panel(|first, rows| {
+                job.bf16_panel(&x, &weight[first * k..(first + rows) * k], first);
+            });
+        }
+    }
+}
+
+/// Activations rounded to bf16, to nearest even.
+fn round<E: Element>(values: &[E]) -> Vec<bf16> {
+    values.iter().map(|value| bf16::from_f32(value.widen())).collect()
+}
+
+/// What all panels of one product share.
+struct Job<'a> {
+    isa: Isa,
+    k: usize,
+    m: usize,
+    n: usize,
+    bias: Option<&'a [f32]>,
+    out: SharedMut<f32>,
+}
+
+impl Job<'_> {
+    /// Runs `work(first weight row, number of rows)` over all panels, in parallel.
+    fn for_each_panel(&self, work: impl Fn(usize, usize) + Sync + Send) {
+        let flops = 2 * self.m * self.n * self.k;
+        for_each(self.n.div_ceil(PANEL_ROWS), flops, |index| {
+            let first = index * PANEL_ROWS;
+            work(first, PANEL_ROWS.min(self.n - first));
+        });
+    }
+
+    fn widened<W: Element>(&self, x: &[f32], weight: &[W]) {
+        self.for_each_panel(|first, rows| {
+            self.widened_panel(x, &weight[first * self.k..(first + rows) * self.k], first);
+        });
+    }
+
+    /// Rounds each panel of a wider weight on its way: the panel stays in cache for all rows of `x`.
+    fn rounded<W: Element>(&self, x: &[bf16], weight: &[W]) {
+        self.for_each_panel(|first, rows| {
+            self.bf16_panel(x, &round(&weight[first * self.k..(first + rows) * self.k]), first);
+        });
+    }
+
+    fn widened_panel<X: Element, W: Element>(&self, x: &[X], w: &[W], first: usize) {
+        let p = self.panel(x, w, first);
+        // SAFETY: an `Isa` of a tier exists only if the processor has it; panels do not overlap.
+        unsafe {
+            match self.isa.tier() {
+                Tier::Portable => panel::<Widened<Portable, X, W>, 2, 4>(&p),
+                #[cfg(target_arch = "x86_64")]
+                Tier::Avx2 => x86::avx2(&p),
+                #[cfg(target_arch = "x86_64")]
+                Tier::Avx512 | Tier::Avx512Bf16 => x86::avx512(&p),
+                #[cfg(not(target_arch = "x86_64"))]
+                _ => unreachable!("only the portable tier exists here"),
+            }
+        }
+    }
+
+    fn bf16_panel(&self, x: &[bf16], w: &[bf16], first: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if self.isa.tier() == Tier::Avx512Bf16 {
+            // SAFETY: an `Isa` of this tier exists only if the processor has it; panels do not overlap.
+            return unsafe { x86::avx512_bf16(&self.panel(x, w, first)) };
+        }
+        self.widened_panel(x, w, first);
+    }
+
+    fn panel<'a, X, W>(&'a self, x: &'a [X], w: &'a [W], first: usize) -> Panel<'a, X, W> {
+        let rows = w.len() / self.k;
+        let bias = self.bias.map(|bias| &bias[first..first + rows]);
+        Panel { x, w, k: self.k, bias, out: self.out, n: self.n, first }
+    }
+}
+
+/// One `#[target_feature]` wrapper per tier; tile sizes fill the registers of each.
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use half::bf16;
+
+    use super::tile::{Pairs, Panel, Widened, panel};
+    use crate::simd::{Element, avx2::Avx2, avx512::Avx512};
+
+    /// # Safety
+    /// As [`panel`].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn avx2<X: Element, W: Element>(p: &Panel<'_, X, W>) {
+        // SAFETY: passed on.
+        unsafe { panel::<Widened<Avx2, X, W>, 3, 4>(p) }
+    }
+
+    /// # Safety
+    /// As [`panel`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    pub(super) unsafe fn avx512<X: Element, W: Element>(p: &Panel<'_, X, W>) {
+        // SAFETY: passed on.
+        unsafe { panel::<Widened<Avx512, X, W>, 5, 5>(p) }
+    }
+
+    /// # Safety
+    /// As [`panel`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    pub(super) unsafe fn avx512_bf16(p: &Panel<'_, bf16, bf16>) {
+        // SAFETY: passed on.
+        unsafe { panel::<Pairs, 5, 5>(p) }
+    }
+}

@@ -1,0 +1,167 @@
+use half::{bf16, f16};
+
+use super::{Compute, Matrix, linear};
+use crate::{Isa, Tier};
+
+/// Values in [-1, 1) from a small generator; the seed names the stream.
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / 8_388_608.0 - 1.0
+        })
+        .collect()
+}
+
+/// The plain twin, in f64.
+fn reference(x: &[f32], w: &[f32], bias: Option<&[f32]>, k: usize) -> Vec<f64> {
+    x.chunks(k)
+        .flat_map(|x| {
+            w.chunks(k).enumerate().map(move |(j, w)| {
+                let dot: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                dot + bias.map_or(0.0, |bias| f64::from(bias[j]))
+            })
+        })
+        .collect()
+}
+
+fn run(isa: Isa, compute: Compute, x: &[f32], w: Matrix<'_>, k: usize, bias: Option<&[f32]>) -> Vec<f32> {
+    let mut out = vec![f32::NAN; x.len() / k * (w.len() / k)];
+    linear(isa, compute, x, w, k, bias, &mut out);
+    out
+}
+
+fn bf16s(values: &[f32]) -> Vec<bf16> {
+    values.iter().map(|v| bf16::from_f32(*v)).collect()
+}
+
+/// Sizes around every tile and vector width, tails included.
+const SIZES: [(usize, usize, usize); 12] = [
+    (1, 1, 1),
+    (1, 5, 16),
+    (2, 3, 7),
+    (3, 40, 31),
+    (4, 41, 32),
+    (5, 5, 33),
+    (6, 43, 64),
+    (11, 7, 100),
+    (1, 81, 257),
+    (8, 39, 15),
+    (13, 121, 48),
+    (7, 200, 512),
+];
+
+#[test]
+fn every_tier_and_format_agrees_with_the_plain_twin() {
+    for isa in Isa::available() {
+        for (m, n, k) in SIZES {
+            let (x, w, bias) = (noise(m * k, 1), noise(n * k, 2), noise(n, 3));
+            let (w16, wb) = (w.iter().map(|v| f16::from_f32(*v)).collect::<Vec<_>>(), bf16s(&w));
+            let wide16: Vec<f32> = w16.iter().map(|v| v.to_f32()).collect();
+            let wideb: Vec<f32> = wb.iter().map(|v| v.to_f32()).collect();
+            let xb: Vec<f32> = x.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+            let w16b: Vec<f32> = wide16.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+            for (name, compute, matrix, x_as, w_as) in [
+                ("f32 x f32", Compute::F32, Matrix::F32(&w), &x, &w),
+                ("f32 x f16", Compute::F32, Matrix::F16(&w16), &x, &wide16),
+                ("f32 x bf16", Compute::F32, Matrix::Bf16(&wb), &x, &wideb),
+                ("bf16 x f32", Compute::Bf16, Matrix::F32(&w), &xb, &wideb),
+                ("bf16 x f16", Compute::Bf16, Matrix::F16(&w16), &xb, &w16b),
+                ("bf16 x bf16", Compute::Bf16, Matrix::Bf16(&wb), &xb, &wideb),
+            ] {
+                let got = run(isa, compute, &x, matrix, k, Some(&bias));
+                let expected = reference(x_as, w_as, Some(&bias), k);
+                // Rounding of a sum of k products below 1: the worst case grows with k, the usual with its root.
+                let bound = 4.0 * f64::from(f32::EPSILON) * (k as f64).sqrt().max(4.0);
+                for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                    let error = (f64::from(*got) - expected).abs();
+                    assert!(
+                        error <= bound,
+                        "{} {name} {m}x{n}x{k} at {i}: {got} against {expected}",
+                        isa.tier()
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_gives_the_same_bits_alone_and_in_any_batch() {
+    let (n, k) = (123, 77);
+    let (x, w) = (noise(17 * k, 4), noise(n * k, 5));
+    for isa in Isa::available() {
+        for compute in [Compute::F32, Compute::Bf16] {
+            let together = run(isa, compute, &x, Matrix::F32(&w), k, None);
+            for (i, row) in x.chunks(k).enumerate() {
+                let alone = run(isa, compute, row, Matrix::F32(&w), k, None);
+                assert_eq!(alone, together[i * n..(i + 1) * n], "{} {compute:?} row {i}", isa.tier());
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let (m, n, k) = (9, 301, 256);
+    let (x, w) = (noise(m * k, 6), bf16s(&noise(n * k, 7)));
+    let isa = Isa::best();
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+        pool.install(|| run(isa, Compute::Bf16, &x, Matrix::Bf16(&w), k, None))
+    };
+    let one = on(1);
+    assert_eq!(one, on(2));
+    assert_eq!(one, on(7));
+}
+
+#[test]
+fn not_a_number_and_infinity_reach_only_their_own_rows_and_columns() {
+    let (m, n, k) = (6, 45, 40);
+    let (mut x, mut w) = (noise(m * k, 8), noise(n * k, 9));
+    x[3 * k + 39] = f32::NAN;
+    w[44 * k] = f32::INFINITY;
+    for isa in Isa::available() {
+        for compute in [Compute::F32, Compute::Bf16] {
+            let out = run(isa, compute, &x, Matrix::F32(&w), k, None);
+            for (i, value) in out.iter().enumerate() {
+                let (row, col) = (i / n, i % n);
+                assert_eq!(value.is_nan(), row == 3, "{} {compute:?} at {row},{col}: {value}", isa.tier());
+                assert_eq!(
+                    value.is_infinite(),
+                    row != 3 && col == 44,
+                    "{} at {row},{col}: {value}",
+                    isa.tier()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn unaligned_rows_are_read_right() {
+    let k = 37;
+    let buffer = noise(3 * k + 1, 10);
+    let x = &buffer[1..=k];
+    for isa in Isa::available() {
+        let got = run(isa, Compute::F32, x, Matrix::F32(&buffer[1..=2 * k]), k, None);
+        for (got, expected) in got.iter().zip(reference(x, &buffer[1..=2 * k], None, k)) {
+            assert!((f64::from(*got) - expected).abs() < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn the_bf16_tier_rounds_as_the_widened_one_does() {
+    // Exact products of small integers: any summation order gives the same value, so any difference is a bug.
+    let Some(isa) = Isa::of(Tier::Avx512Bf16) else { return };
+    let k = 96;
+    let x: Vec<f32> = (0..3 * k).map(|i| (i % 7) as f32 - 3.0).collect();
+    let w: Vec<f32> = (0..11 * k).map(|i| (i % 5) as f32 - 2.0).collect();
+    let wb = bf16s(&w);
+    assert_eq!(
+        run(isa, Compute::Bf16, &x, Matrix::Bf16(&wb), k, None),
+        run(Isa::PORTABLE, Compute::F32, &x, Matrix::F32(&w), k, None)
+    );
+}

@@ -1,0 +1,241 @@
+//! The inner kernel: a tile of dot products held in registers.
+
+use std::marker::PhantomData;
+
+use half::bf16;
+
+use crate::{
+    parallel::SharedMut,
+    simd::{Element, Simd},
+};
+
+/// A dot product along `K`, a vector step at a time.
+///
+/// # Safety
+/// Methods need the instruction set of the implementing type; pointers must be readable for `STEP` (or `n`)
+/// elements.
+pub(crate) unsafe trait Dot {
+    /// Element of the activations.
+    type X: Copy + Sync;
+    /// Element of the weight.
+    type W: Copy + Sync;
+    /// A register of activations.
+    type XV: Copy;
+    /// A register of weights.
+    type WV: Copy;
+    /// A register of partial sums.
+    type Sums: Copy;
+    /// Elements of `K` in one step.
+    const STEP: usize;
+
+    unsafe fn zero() -> Self::Sums;
+    unsafe fn load_x(from: *const Self::X) -> Self::XV;
+    unsafe fn load_x_head(from: *const Self::X, n: usize) -> Self::XV;
+    unsafe fn load_w(from: *const Self::W) -> Self::WV;
+    unsafe fn load_w_head(from: *const Self::W, n: usize) -> Self::WV;
+    unsafe fn step(sums: Self::Sums, x: Self::XV, w: Self::WV) -> Self::Sums;
+    unsafe fn sum(sums: Self::Sums) -> f32;
+}
+
+/// Both factors widened to `f32`, products summed by fused multiply-add.
+pub(crate) struct Widened<S, X, W>(PhantomData<(S, X, W)>);
+
+// SAFETY: forwards to `Simd` and `Element` under the same contract.
+unsafe impl<S: Simd, X: Element, W: Element> Dot for Widened<S, X, W> {
+    type X = X;
+    type W = W;
+    type XV = S::V;
+    type WV = S::V;
+    type Sums = S::V;
+    const STEP: usize = S::LANES;
+
+    #[inline(always)]
+    unsafe fn zero() -> S::V {
+        // SAFETY: same contract.
+        unsafe { S::splat(0.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_x(from: *const X) -> S::V {
+        // SAFETY: same contract.
+        unsafe { X::load::<S>(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_x_head(from: *const X, n: usize) -> S::V {
+        // SAFETY: same contract.
+        unsafe { X::load_head::<S>(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn load_w(from: *const W) -> S::V {
+        // SAFETY: same contract.
+        unsafe { W::load::<S>(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_w_head(from: *const W, n: usize) -> S::V {
+        // SAFETY: same contract.
+        unsafe { W::load_head::<S>(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn step(sums: S::V, x: S::V, w: S::V) -> S::V {
+        // SAFETY: same contract.
+        unsafe { S::fma(x, w, sums) }
+    }
+    #[inline(always)]
+    unsafe fn sum(sums: S::V) -> f32 {
+        // SAFETY: same contract.
+        unsafe { S::sum(sums) }
+    }
+}
+
+/// Pairs of bf16 products summed by `vdpbf16ps`.
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Pairs;
+
+#[cfg(target_arch = "x86_64")]
+// SAFETY: forwards to the AVX-512 BF16 wrappers under the same contract.
+unsafe impl Dot for Pairs {
+    type X = bf16;
+    type W = bf16;
+    type XV = std::arch::x86_64::__m512bh;
+    type WV = std::arch::x86_64::__m512bh;
+    type Sums = std::arch::x86_64::__m512;
+    const STEP: usize = 32;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Sums {
+        // SAFETY: same contract.
+        unsafe { crate::simd::avx512::Avx512::splat(0.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_x(from: *const bf16) -> Self::XV {
+        // SAFETY: same contract.
+        unsafe { crate::simd::avx512::load_pairs(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_x_head(from: *const bf16, n: usize) -> Self::XV {
+        // SAFETY: same contract.
+        unsafe { crate::simd::avx512::load_pairs_head(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn load_w(from: *const bf16) -> Self::WV {
+        // SAFETY: same contract.
+        unsafe { crate::simd::avx512::load_pairs(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_w_head(from: *const bf16, n: usize) -> Self::WV {
+        // SAFETY: same contract.
+        unsafe { crate::simd::avx512::load_pairs_head(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn step(sums: Self::Sums, x: Self::XV, w: Self::WV) -> Self::Sums {
+        // SAFETY: same contract.
+        unsafe { crate::simd::avx512::dot_pairs(sums, x, w) }
+    }
+    #[inline(always)]
+    unsafe fn sum(sums: Self::Sums) -> f32 {
+        // SAFETY: same contract.
+        unsafe { crate::simd::avx512::Avx512::sum(sums) }
+    }
+}
+
+/// One thread's share: all rows of `x` against a run of weight rows.
+pub(crate) struct Panel<'a, X, W> {
+    /// Activations `[M, K]`.
+    pub(crate) x: &'a [X],
+    /// Weight rows of this panel `[rows, K]`.
+    pub(crate) w: &'a [W],
+    /// The inner dimension.
+    pub(crate) k: usize,
+    /// Added to each output column of this panel, if any: `[rows]`.
+    pub(crate) bias: Option<&'a [f32]>,
+    /// The whole output `[M, N]`.
+    pub(crate) out: SharedMut<f32>,
+    /// Width `N` of the output.
+    pub(crate) n: usize,
+    /// Output column of the first weight row.
+    pub(crate) first: usize,
+}
+
+/// Computes a panel in tiles of `MR` activation rows by `NR` weight rows; `MR` is at most 5.
+///
+/// # Safety
+/// - The processor has the instruction set of `D`.
+/// - No other thread touches columns `first..first + rows` of the output meanwhile.
+#[inline(always)]
+pub(crate) unsafe fn panel<D: Dot, const MR: usize, const NR: usize>(p: &Panel<'_, D::X, D::W>) {
+    let m = p.x.len() / p.k;
+    let mut row = 0;
+    while row < m {
+        // SAFETY: passed on; `row + height <= m`.
+        unsafe {
+            match (m - row).min(MR) {
+                1 => strip::<D, 1, NR>(p, row),
+                2 => strip::<D, 2, NR>(p, row),
+                3 => strip::<D, 3, NR>(p, row),
+                4 => strip::<D, 4, NR>(p, row),
+                _ => strip::<D, 5, NR>(p, row),
+            }
+        }
+        row += (m - row).min(MR);
+    }
+}
+
+/// `MR` rows of activations against all weight rows of the panel.
+///
+/// # Safety
+/// As [`panel`]; `row + MR` rows of activations exist.
+#[inline(always)]
+unsafe fn strip<D: Dot, const MR: usize, const NR: usize>(p: &Panel<'_, D::X, D::W>, row: usize) {
+    let rows = p.w.len() / p.k;
+    let x: [*const D::X; MR] = std::array::from_fn(|i| p.x[(row + i) * p.k..].as_ptr());
+    let mut col = 0;
+    while col < rows {
+        // Past the last row the tile repeats it; the doubled results are dropped below.
+        let w: [*const D::W; NR] = std::array::from_fn(|j| p.w[(col + j).min(rows - 1) * p.k..].as_ptr());
+        // SAFETY: each pointer starts a row of `k` elements.
+        let tile = unsafe { tile::<D, MR, NR>(x, w, p.k) };
+        for (i, sums) in tile.iter().enumerate() {
+            for (j, sum) in sums.iter().enumerate().take(rows - col) {
+                let value = p.bias.map_or(*sum, |bias| sum + bias[col + j]);
+                // SAFETY: row and column lie inside the output; the columns are this thread's own.
+                unsafe { p.out.write((row + i) * p.n + p.first + col + j, value) };
+            }
+        }
+        col += NR;
+    }
+}
+
+/// `MR × NR` dot products of length `k`.
+///
+/// # Safety
+/// The processor has the instruction set of `D`; each pointer can be read for `k` elements.
+#[inline(always)]
+pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
+    x: [*const D::X; MR],
+    w: [*const D::W; NR],
+    k: usize,
+) -> [[f32; NR]; MR] {
+    // SAFETY: all loads stay below `k`, by the loop conditions.
+    unsafe {
+        let mut sums = [[D::zero(); NR]; MR];
+        let mut at = 0;
+        while at + D::STEP <= k {
+            let wv: [D::WV; NR] = std::array::from_fn(|j| D::load_w(w[j].add(at)));
+            for i in 0..MR {
+                let xv = D::load_x(x[i].add(at));
+                for j in 0..NR {
+                    sums[i][j] = D::step(sums[i][j], xv, wv[j]);
+                }
+            }
+            at += D::STEP;
+        }
+        if at < k {
+            for i in 0..MR {
+                let xv = D::load_x_head(x[i].add(at), k - at);
+                for j in 0..NR {
+                    sums[i][j] = D::step(sums[i][j], xv, D::load_w_head(w[j].add(at), k - at));
+                }
+            }
+        }
+        std::array::from_fn(|i| std::array::from_fn(|j| D::sum(sums[i][j])))
+    }
+}

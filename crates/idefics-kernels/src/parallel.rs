@@ -1,0 +1,66 @@
+//! Splitting work over the one pool of threads.
+
+use rayon::prelude::*;
+
+/// A pointer that several threads may write through, each to its own elements.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut<T>(*mut T);
+
+// SAFETY: the pointer is only a number; whoever writes through it promises disjoint elements.
+unsafe impl<T: Send> Send for SharedMut<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<T> {}
+
+impl<T> SharedMut<T> {
+    pub(crate) fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr())
+    }
+
+    /// Writes one element.
+    ///
+    /// # Safety
+    /// - `index` lies inside the slice this was made of, and that slice is still borrowed.
+    /// - No other thread reads or writes the element meanwhile.
+    pub(crate) unsafe fn write(self, index: usize, value: T) {
+        // SAFETY: in bounds and unshared by the contract above.
+        unsafe { self.0.add(index).write(value) }
+    }
+}
+
+/// Runs `work` on `0..n_items`, in parallel when `flops` is worth waking other threads for.
+pub(crate) fn for_each(n_items: usize, flops: usize, work: impl Fn(usize) + Sync + Send) {
+    // Waking a thread takes some 5 µs, in which one core does about 100 kFLOP of dot products.
+    const WORTH_SHARING: usize = 200_000;
+    if flops < WORTH_SHARING || n_items < 2 {
+        (0..n_items).for_each(work);
+    } else {
+        (0..n_items).into_par_iter().for_each(work);
+    }
+}
+
+/// Runs `work(row_index, row)` on every row of `data`, `width` elements each.
+pub(crate) fn for_each_row<T: Send>(
+    data: &mut [T],
+    width: usize,
+    work: impl Fn(usize, &mut [T]) + Sync + Send,
+) {
+    // Groups of rows, so that a thread gets a few thousand elements at a time.
+    let rows = (8192 / width).max(1);
+    for_each_run(data, width * rows, |first, run| {
+        run.chunks_exact_mut(width).enumerate().for_each(|(index, row)| work(first / width + index, row));
+    });
+}
+
+/// Runs `work(first_index, run)` on runs of `length` elements of `data`, the last one shorter.
+pub(crate) fn for_each_run<T: Send>(
+    data: &mut [T],
+    length: usize,
+    work: impl Fn(usize, &mut [T]) + Sync + Send,
+) {
+    const WORTH_SHARING: usize = 64 * 1024;
+    if data.len() < WORTH_SHARING {
+        data.chunks_mut(length).enumerate().for_each(|(index, run)| work(index * length, run));
+    } else {
+        data.par_chunks_mut(length).enumerate().for_each(|(index, run)| work(index * length, run));
+    }
+}

@@ -1,0 +1,32 @@
+//! A file as bytes in memory, without reading it.
+#![expect(unsafe_code, reason = "mapping a file is the one thing here that the compiler cannot check")]
+
+use std::{fs::File, io, path::Path};
+
+use memmap2::Mmap;
+
+/// A whole file, mapped for reading. Pages are read when they are touched and can be dropped again.
+pub(super) struct MappedFile(Mmap);
+
+impl MappedFile {
+    /// Maps a regular file.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        // Asked before opening: that would wait at a pipe.
+        if !path.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        let file = File::open(path)?;
+        // SAFETY: the map is read-only and private to this process, and every bit pattern is a valid `u8`, `f32`,
+        // `f16` or `bf16`. What remains is that no other process may change or shorten the file while the map
+        // lives: numbers would change under a shared reference, or a read end in SIGBUS. Nothing on this side can
+        // enforce that; `Checkpoint::open` documents it, and the hub cache never rewrites a file in place.
+        let map = unsafe { Mmap::map(&file)? };
+        Ok(Self(map))
+    }
+}
+
+impl AsRef<[u8]> for MappedFile {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
