@@ -8,6 +8,7 @@ mod compare;
 mod error;
 mod generation_config;
 mod header;
+pub mod hub;
 mod index;
 mod layout;
 mod mmap;
