@@ -61,8 +61,8 @@ impl<'a> Client<'a> {
             .http_status_as_error(false)
             .user_agent(concat!("idefics-rs/", env!("CARGO_PKG_VERSION")))
             .timeout_connect(Some(Duration::from_secs(20)))
-            .timeout_recv_response(Some(Duration::from_secs(60)))
-            .timeout_per_read(Some(Duration::from_secs(60)));
+            .timeout_recv_response(Some(Duration::from_mins(1)))
+            .timeout_per_read(Some(Duration::from_mins(1)));
         Self { agent: config.build().into(), endpoint, token, retry_pause }
     }
 
@@ -85,7 +85,7 @@ impl<'a> Client<'a> {
         body.read_to_end(&mut text)
             .map_err(|source| HubError::Transport { url: shown(&url), source: Box::new(source.into()) })?;
         let described: Description =
-            serde_json::from_slice(&text).map_err(|error| bad_answer(&url, error))?;
+            serde_json::from_slice(&text).map_err(|error| bad_answer(&url, error.to_string()))?;
         if !is_commit(&described.sha) {
             return Err(bad_answer(&url, "`sha` is not a commit id"));
         }
@@ -310,8 +310,8 @@ fn refuse_status(response: &Response, url: &Url, id: &ModelId, file: &str) -> Re
     }
 }
 
-fn bad_answer(url: &Url, problem: impl ToString) -> HubError {
-    HubError::BadAnswer { url: shown(url), problem: problem.to_string() }
+fn bad_answer(url: &Url, problem: impl Into<String>) -> HubError {
+    HubError::BadAnswer { url: shown(url), problem: problem.into() }
 }
 
 /// An address without its query: signatures of storage hosts are secrets.
@@ -338,5 +338,7 @@ fn sha256(path: &Path) -> io::Result<String> {
             length => digest.update(&buffer[..length]),
         }
     }
-    Ok(digest.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect())
+    let nibbles =
+        digest.finish().as_ref().iter().flat_map(|byte| [byte >> 4, byte & 15]).collect::<Vec<u8>>();
+    Ok(nibbles.into_iter().map(|nibble| char::from(b"0123456789abcdef"[usize::from(nibble)])).collect())
 }

@@ -136,10 +136,10 @@ impl Hub {
     /// A full commit id that the cache has, and offline mode, need no request.
     pub fn download(&self, id: &ModelId, progress: &mut dyn Progress) -> Result<PathBuf, HubError> {
         let cache = ModelCache::new(&self.cache, id);
-        if self.offline || id::is_commit(id.revision()) {
-            if let Some(snapshot) = cache.complete_snapshot(id.revision()) {
-                return Ok(snapshot);
-            }
+        if (self.offline || id::is_commit(id.revision()))
+            && let Some(snapshot) = cache.complete_snapshot(id.revision())
+        {
+            return Ok(snapshot);
         }
         if self.offline {
             return Err(HubError::Offline { id: id.to_string(), cache: self.cache.clone() });
