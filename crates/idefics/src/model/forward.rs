@@ -1,0 +1,265 @@
+//! The whole model: pictures to image states, tokens to hidden states, hidden states to logits.
+
+use std::sync::Arc;
+
+pub use super::vision::OtherSizes;
+use super::{
+    ImageStates, ModelError, Observer, SequenceCache, Stage, WeightSource,
+    decoder::{DecoderLayer, Positions, Segment},
+    embedding::{DecoupledEmbedding, DecoupledLmHead},
+    gated_cross_attention::{GatedCrossAttention, ImageRun, ImageView},
+    loader::Loader,
+    perceiver::PerceiverResampler,
+    unobserved,
+    vision::VisionTransformer,
+};
+use crate::{
+    SequenceInputs,
+    config::IdeficsConfig,
+    generate::{LogitsOf, Row, StepModel},
+    ops::{self, Context, KeyValues, RmsNorm, RotaryTable, Tensor},
+    processor::PixelValues,
+};
+
+/// Pictures that go through the tower together: enough rows for the products, few enough for the memory.
+const IMAGES_AT_ONCE: usize = 4;
+
+/// IDEFICS with its weights.
+pub struct Model {
+    config: IdeficsConfig,
+    ctx: Context,
+    other_sizes: OtherSizes,
+    vision: VisionTransformer,
+    perceiver: Option<PerceiverResampler>,
+    embed_tokens: DecoupledEmbedding,
+    gated_cross_attn_layers: Vec<GatedCrossAttention>,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    lm_head: DecoupledLmHead,
+    rotary: Arc<RotaryTable>,
+}
+
+impl Model {
+    /// Builds the model that `config` describes from the weights of `source`.
+    pub fn new(config: IdeficsConfig, source: &dyn WeightSource, ctx: Context) -> Result<Self, ModelError> {
+        let root = Loader::new(source);
+        let model = root.at("model");
+        let (cross_layers, layers) = (model.at("gated_cross_attn_layers"), model.at("layers"));
+        Ok(Self {
+            ctx,
+            other_sizes: OtherSizes::Refuse,
+            vision: VisionTransformer::new(&config.vision_config, &model.at("vision_model"))?,
+            perceiver: config
+                .use_resampler
+                .then(|| PerceiverResampler::new(&config, &model.at("perceiver_resampler")))
+                .transpose()?,
+            embed_tokens: DecoupledEmbedding::new(&config, &model.at("embed_tokens"))?,
+            gated_cross_attn_layers: (0..config.num_cross_layers())
+                .map(|block| GatedCrossAttention::new(&config, block, &cross_layers.at(block)))
+                .collect::<Result<_, _>>()?,
+            layers: (0..config.num_hidden_layers)
+                .map(|layer| DecoderLayer::new(&config, &layers.at(layer)))
+                .collect::<Result<_, _>>()?,
+            norm: model.rms_norm("norm", config.hidden_size, config.rms_norm_eps)?,
+            lm_head: DecoupledLmHead::new(&config, &root)?,
+            rotary: Arc::new(RotaryTable::new(
+                config.head_dim(),
+                config.rope_theta(),
+                config.max_position_embeddings,
+            )),
+            config,
+        })
+    }
+
+    /// Says what to do with pictures of another size than the configured one.
+    #[must_use]
+    pub fn with_other_sizes(mut self, other_sizes: OtherSizes) -> Self {
+        self.other_sizes = other_sizes;
+        self
+    }
+
+    /// The configuration the model was built by.
+    pub fn config(&self) -> &IdeficsConfig {
+        &self.config
+    }
+
+    /// How operations are computed.
+    pub fn context(&self) -> Context {
+        self.ctx
+    }
+
+    /// Pictures to image states, each with the keys and values of every gated block.
+    pub fn encode_images(&self, images: &[&PixelValues]) -> Result<Vec<Arc<ImageStates>>, ModelError> {
+        self.encode_images_observed(images, &mut unobserved)
+    }
+
+    /// As [`encode_images`](Self::encode_images), showing every intermediate value.
+    pub fn encode_images_observed(
+        &self,
+        images: &[&PixelValues],
+        observe: &mut Observer<'_>,
+    ) -> Result<Vec<Arc<ImageStates>>, ModelError> {
+        let mut states = Vec::with_capacity(images.len());
+        for images in images.chunks(IMAGES_AT_ONCE) {
+            let seen = self.vision.forward(self.ctx, images, self.other_sizes, observe)?;
+            let (hidden, lengths) = match &self.perceiver {
+                Some(perceiver) => {
+                    let latents = perceiver.forward(self.ctx, &seen.hidden, &seen.lengths, observe)?;
+                    (latents, vec![self.config.perceiver_config.resampler_n_latents; images.len()])
+                }
+                None => (seen.hidden, seen.lengths),
+            };
+            observe(Stage::ImageHiddenStates, &hidden);
+            let mut first = 0;
+            for length in lengths {
+                let hidden = ops::rows(&hidden, first, length)?; // [L, E]
+                first += length;
+                let cross_attention = self
+                    .gated_cross_attn_layers
+                    .iter()
+                    .map(|block| block.image_keys_values(self.ctx, &hidden))
+                    .collect::<Result<_, _>>()?;
+                states.push(Arc::new(ImageStates { hidden, cross_attention }));
+            }
+        }
+        Ok(states)
+    }
+
+    /// The empty cache of a sequence that looks at `images`.
+    pub fn new_cache(&self, images: Vec<Arc<ImageStates>>) -> SequenceCache {
+        let layers = self.layers.iter().map(|_| KeyValues::new(self.ctx)).collect();
+        SequenceCache { n_tokens: 0, layers, images }
+    }
+
+    /// Feeds the tokens of all rows; returns their hidden states after the last norm, `[T, D]`, rows in order.
+    pub fn forward(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Tensor, ModelError> {
+        self.forward_observed(rows, &mut unobserved)
+    }
+
+    /// As [`forward`](Self::forward), showing every intermediate value.
+    pub fn forward_observed(
+        &self,
+        rows: &mut [Row<'_, SequenceCache>],
+        observe: &mut Observer<'_>,
+    ) -> Result<Tensor, ModelError> {
+        let view = self.check(rows)?;
+        let token_ids: Vec<u32> = rows.iter().flat_map(|row| row.token_ids).copied().collect();
+        let positions = Positions {
+            table: Arc::clone(&self.rotary),
+            of_tokens: rows
+                .iter()
+                .flat_map(|row| (row.cache.n_tokens..).take(row.token_ids.len()))
+                .map(|position| position as u32)
+                .collect(),
+        };
+        let mut x = self.embed_tokens.forward(&token_ids)?; // [T, D]
+        observe(Stage::Embeddings, &x);
+        for (index, layer) in self.layers.iter().enumerate() {
+            if index.is_multiple_of(self.config.cross_layer_interval) {
+                let block = index / self.config.cross_layer_interval;
+                x = self.gated_cross_attn_layers[block].forward(self.ctx, &x, &view, observe)?;
+                observe(Stage::GatedBlock(block), &x);
+            }
+            let mut segments: Vec<_> = rows
+                .iter_mut()
+                .map(|row| Segment {
+                    n_tokens: row.token_ids.len(),
+                    past: row.cache.n_tokens,
+                    memory: &mut row.cache.layers[index],
+                })
+                .collect();
+            x = layer.forward(self.ctx, &x, &positions, &mut segments)?;
+            observe(Stage::DecoderLayer(index), &x);
+        }
+        for row in rows.iter_mut() {
+            row.cache.n_tokens += row.token_ids.len();
+        }
+        let x = self.norm.forward(self.ctx, &x)?;
+        observe(Stage::Norm, &x);
+        Ok(x)
+    }
+
+    /// Hidden states `[n, D]` to logits `[n, V + A]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(self.lm_head.forward(self.ctx, hidden)?)
+    }
+
+    /// Checks all rows before any cache is touched; returns which token sees which image.
+    fn check(&self, rows: &[Row<'_, SequenceCache>]) -> Result<ImageView, ModelError> {
+        let mut view = ImageView { rows: Vec::new(), runs: Vec::<ImageRun>::new() };
+        let mut first = 0;
+        for row in rows {
+            let (tokens, indices) = (row.token_ids.len(), row.image_index.len());
+            if tokens != indices {
+                return Err(ModelError::RaggedRow { tokens, indices });
+            }
+            let (asked, limit) = (row.cache.n_tokens + tokens, self.config.max_position_embeddings);
+            if asked > limit {
+                return Err(ModelError::TooLong { asked, limit });
+            }
+            for (offset, index) in row.image_index.iter().enumerate() {
+                let Some(index) = *index else { continue };
+                let n_images = row.cache.images.len();
+                let Some(image) = row.cache.images.get(index as usize) else {
+                    return Err(ModelError::UnknownImage { index, n_images });
+                };
+                view.rows.push(first + offset);
+                match view.runs.last_mut() {
+                    Some(run) if Arc::ptr_eq(&run.image, image) => run.n_tokens += 1,
+                    _ => view.runs.push(ImageRun { n_tokens: 1, image: Arc::clone(image) }),
+                }
+            }
+            first += tokens;
+        }
+        Ok(view)
+    }
+}
+
+impl StepModel for Model {
+    type Cache = SequenceCache;
+    type Error = ModelError;
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size + self.config.additional_vocab_size
+    }
+
+    fn max_positions(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    fn start(&self, inputs: &SequenceInputs) -> Result<SequenceCache, ModelError> {
+        let images: Vec<&PixelValues> = inputs.images.iter().map(AsRef::as_ref).collect();
+        Ok(self.new_cache(self.encode_images(&images)?))
+    }
+
+    fn step(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Vec<Vec<f32>>, ModelError> {
+        let hidden = self.forward(rows)?; // [T, D]
+        let mut wanted = Vec::new();
+        let mut counts = Vec::with_capacity(rows.len());
+        let mut first = 0;
+        for row in rows.iter() {
+            let end = first + row.token_ids.len();
+            let from = match row.logits {
+                LogitsOf::Nothing => end,
+                LogitsOf::Last => end.saturating_sub(1).max(first),
+                LogitsOf::All => first,
+            };
+            wanted.extend(from..end);
+            counts.push(end - from);
+            first = end;
+        }
+        if wanted.is_empty() {
+            return Ok(vec![Vec::new(); rows.len()]);
+        }
+        let logits = ops::to_vec(&self.logits(&ops::select_rows(&hidden, &wanted)?)?)?;
+        let mut rest = logits.as_slice();
+        Ok(counts
+            .into_iter()
+            .map(|count| {
+                let (row, tail) = rest.split_at(count * self.vocab_size());
+                rest = tail;
+                row.to_vec()
+            })
+            .collect())
+    }
+}

@@ -1,0 +1,149 @@
+//! The perceiver resampler: any number of image vectors in, `L` latents out.
+//!
+//! Reference: `IdeficsPerceiverResampler` in transformers `perceiver.py`; Flamingo, figure 5.
+//! Surprising: every block reads the same raw context, each through a norm of its own; keys and values cover
+//! the context and the latents, context first; the MLP uses ReLU and four times the vision width.
+
+use super::{ModelError, Observer, Stage, loader::Loader};
+use crate::{
+    checkpoint::Weight,
+    config::IdeficsConfig,
+    ops::{self, Activation, Context, Heads, LayerNorm, Linear, Tensor},
+};
+
+/// Epsilon of every LayerNorm here; the configuration has no field for it.
+const EPS: f64 = 1e-5;
+
+pub(super) struct PerceiverResampler {
+    /// The learned queries `[L, E]`.
+    latents: Weight,
+    blocks: Vec<Block>,
+    layer_norm: LayerNorm,
+}
+
+struct Block {
+    context_layer_norm: LayerNorm,
+    latents_layer_norm: LayerNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    output_proj: Linear,
+    q_layer_norm: Option<LayerNorm>,
+    k_layer_norm: Option<LayerNorm>,
+    heads: Heads,
+    ln: LayerNorm,
+    fc: Linear,
+    c_proj: Linear,
+}
+
+impl PerceiverResampler {
+    pub(super) fn new(config: &IdeficsConfig, loader: &Loader<'_>) -> Result<Self, ModelError> {
+        let (width, perceiver) = (config.vision_config.embed_dim, &config.perceiver_config);
+        let blocks = loader.at("blocks");
+        Ok(Self {
+            latents: loader.weight("latents", &[perceiver.resampler_n_latents, width])?,
+            blocks: (0..perceiver.resampler_depth)
+                .map(|block| Block::new(config, &blocks.at(block)))
+                .collect::<Result<_, _>>()?,
+            layer_norm: loader.layer_norm("layer_norm", width, EPS)?,
+        })
+    }
+
+    /// Context `[ΣP, E]` of images with `lengths` vectors each `->` `[N·L, E]`.
+    pub(super) fn forward(
+        &self,
+        ctx: Context,
+        context: &Tensor,
+        lengths: &[usize],
+        observe: &mut Observer<'_>,
+    ) -> ops::Result<Tensor> {
+        let (n_latents, width) = (self.latents.shape()[0], self.latents.shape()[1]);
+        let latents = self.latents.to_f32_vec().repeat(lengths.len());
+        let mut latents = ops::tensor(latents, &[lengths.len() * n_latents, width])?; // [N·L, E]
+        for (index, block) in self.blocks.iter().enumerate() {
+            latents = block.forward(ctx, context, latents, lengths, n_latents)?;
+            observe(Stage::PerceiverBlock(index), &latents);
+        }
+        self.layer_norm.forward(ctx, &latents)
+    }
+}
+
+impl Block {
+    fn new(config: &IdeficsConfig, loader: &Loader<'_>) -> Result<Self, ModelError> {
+        let (width, perceiver) = (config.vision_config.embed_dim, &config.perceiver_config);
+        let (attention, mlp) = (loader.at(0), loader.at(1));
+        let head_dim = perceiver.resampler_head_dim;
+        let inner = perceiver.resampler_n_heads * head_dim;
+        let head_norm = |name: &str| {
+            perceiver.qk_layer_norms_perceiver.then(|| attention.layer_norm(name, head_dim, EPS)).transpose()
+        };
+        Ok(Self {
+            context_layer_norm: attention.layer_norm("context_layer_norm", width, EPS)?,
+            latents_layer_norm: attention.layer_norm("latents_layer_norm", width, EPS)?,
+            q_proj: attention.linear("q_proj", inner, width)?,
+            k_proj: attention.linear("k_proj", inner, width)?,
+            v_proj: attention.linear("v_proj", inner, width)?,
+            output_proj: attention.linear("output_proj", width, inner)?,
+            q_layer_norm: head_norm("q_layer_norm")?,
+            k_layer_norm: head_norm("k_layer_norm")?,
+            heads: Heads {
+                n_heads: perceiver.resampler_n_heads,
+                head_dim,
+                scale: (head_dim as f32).powf(-0.5),
+            },
+            ln: mlp.layer_norm("ln", width, EPS)?,
+            fc: mlp.linear("fc", 4 * width, width)?,
+            c_proj: mlp.linear("c_proj", width, 4 * width)?,
+        })
+    }
+
+    fn forward(
+        &self,
+        ctx: Context,
+        context: &Tensor,
+        latents: Tensor,
+        lengths: &[usize],
+        n_latents: usize,
+    ) -> ops::Result<Tensor> {
+        let normed_context = self.context_layer_norm.forward(ctx, context)?; // [ΣP, E]
+        let normed_latents = self.latents_layer_norm.forward(ctx, &latents)?; // [N·L, E]
+        let seen = interleave(&normed_context, &normed_latents, lengths, n_latents)?; // [Σ(P+L), E]
+
+        let q = self.q_proj.forward(ctx, &normed_latents)?; // [N·L, H·K]
+        let k = self.k_proj.forward(ctx, &seen)?; // [Σ(P+L), H·K]
+        let v = self.v_proj.forward(ctx, &seen)?;
+        let q = normed_heads(ctx, self.q_layer_norm.as_ref(), q)?;
+        let k = normed_heads(ctx, self.k_layer_norm.as_ref(), k)?;
+        let groups: Vec<_> = lengths.iter().map(|length| (n_latents, length + n_latents)).collect();
+        let attended = ops::attention_within(ctx, self.heads, &q, &k, &v, &groups)?; // [N·L, H·K]
+        let latents = ops::add(&self.output_proj.forward(ctx, &attended)?, &latents)?;
+
+        let inner = self.fc.forward(ctx, &self.ln.forward(ctx, &latents)?)?; // [N·L, 4E]
+        let inner = ops::activate(ctx, Activation::Relu, &inner)?;
+        ops::add(&self.c_proj.forward(ctx, &inner)?, &latents)
+    }
+}
+
+/// Each image's context followed by its latents: `[ΣP, E]` and `[N·L, E]` to `[Σ(P+L), E]`.
+fn interleave(
+    context: &Tensor,
+    latents: &Tensor,
+    lengths: &[usize],
+    n_latents: usize,
+) -> ops::Result<Tensor> {
+    let mut first = 0;
+    let mut parts = Vec::with_capacity(2 * lengths.len());
+    for (image, length) in lengths.iter().enumerate() {
+        parts.push(ops::rows(context, first, *length)?);
+        parts.push(ops::rows(latents, image * n_latents, n_latents)?);
+        first += length;
+    }
+    ops::concat_rows(&parts)
+}
+
+fn normed_heads(ctx: Context, norm: Option<&LayerNorm>, x: Tensor) -> ops::Result<Tensor> {
+    match norm {
+        Some(norm) => norm.forward(ctx, &x),
+        None => Ok(x),
+    }
+}

@@ -1,0 +1,240 @@
+//! The CLIP vision tower: a picture in, one vector per patch and one for the class token out.
+//!
+//! Reference: `IdeficsVisionTransformer` in transformers `vision.py`.
+//! Surprising: the output is the last layer's hidden state of all tokens without `post_layernorm`, which
+//! checkpoints carry all the same; the norm before the first layer is spelled `pre_layrnorm` there.
+
+use super::{ModelError, Observer, Stage, loader::Loader};
+use crate::{
+    checkpoint::Weight,
+    config::VisionConfig,
+    ops::{self, Activation, Context, Embedding, Heads, LayerNorm, Linear, Tensor},
+    processor::PixelValues,
+};
+
+pub(super) struct VisionTransformer {
+    embeddings: Embeddings,
+    pre_layer_norm: LayerNorm,
+    layers: Vec<Layer>,
+}
+
+/// What comes out of the tower: the vectors of all pictures laid end to end.
+pub(super) struct VisionOutput {
+    /// `[ΣP, E]`.
+    pub(super) hidden: Tensor,
+    /// Vectors of each picture, class token included.
+    pub(super) lengths: Vec<usize>,
+}
+
+struct Embeddings {
+    /// The patch convolution, whose stride is its size, as a product `[E, 3·p·p]`.
+    patch_embedding: Linear,
+    class_embedding: Weight,
+    position_embedding: Embedding,
+    patch_size: usize,
+    image_size: usize,
+}
+
+struct Layer {
+    layer_norm1: LayerNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    out_proj: Linear,
+    layer_norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    heads: Heads,
+    activation: Activation,
+}
+
+/// What to do with a picture of another size than the tower was trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OtherSizes {
+    /// Refuse it.
+    #[default]
+    Refuse,
+    /// Interpolate the position embeddings, as `interpolate_pos_encoding=True` does in the reference.
+    Interpolate,
+}
+
+impl VisionTransformer {
+    pub(super) fn new(config: &VisionConfig, loader: &Loader<'_>) -> Result<Self, ModelError> {
+        let layers = loader.at("encoder").at("layers");
+        Ok(Self {
+            embeddings: Embeddings::new(config, &loader.at("embeddings"))?,
+            pre_layer_norm: loader.layer_norm("pre_layrnorm", config.embed_dim, config.layer_norm_eps)?,
+            layers: (0..config.num_hidden_layers)
+                .map(|layer| Layer::new(config, &layers.at(layer)))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    pub(super) fn forward(
+        &self,
+        ctx: Context,
+        images: &[&PixelValues],
+        other_sizes: OtherSizes,
+        observe: &mut Observer<'_>,
+    ) -> Result<VisionOutput, ModelError> {
+        let mut lengths = Vec::with_capacity(images.len());
+        let mut parts = Vec::with_capacity(images.len());
+        for image in images {
+            let tokens = self.embeddings.forward(ctx, image, other_sizes)?; // [P, E]
+            lengths.push(ops::dims2(&tokens)?.0);
+            parts.push(tokens);
+        }
+        let embedded = ops::concat_rows(&parts)?; // [ΣP, E]
+        observe(Stage::VisionEmbeddings, &embedded);
+        let mut hidden = self.pre_layer_norm.forward(ctx, &embedded)?;
+        let groups: Vec<_> = lengths.iter().map(|length| (*length, *length)).collect();
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden = layer.forward(ctx, &hidden, &groups)?;
+            observe(Stage::VisionLayer(index), &hidden);
+        }
+        Ok(VisionOutput { hidden, lengths })
+    }
+}
+
+impl Layer {
+    fn new(config: &VisionConfig, loader: &Loader<'_>) -> Result<Self, ModelError> {
+        let (width, inner, eps) = (config.embed_dim, config.intermediate_size, config.layer_norm_eps);
+        let (attention, mlp) = (loader.at("self_attn"), loader.at("mlp"));
+        let head_dim = width / config.num_attention_heads;
+        Ok(Self {
+            layer_norm1: loader.layer_norm("layer_norm1", width, eps)?,
+            q_proj: attention.biased_linear("q_proj", width, width)?,
+            k_proj: attention.biased_linear("k_proj", width, width)?,
+            v_proj: attention.biased_linear("v_proj", width, width)?,
+            out_proj: attention.biased_linear("out_proj", width, width)?,
+            layer_norm2: loader.layer_norm("layer_norm2", width, eps)?,
+            fc1: mlp.biased_linear("fc1", inner, width)?,
+            fc2: mlp.biased_linear("fc2", width, inner)?,
+            heads: Heads {
+                n_heads: config.num_attention_heads,
+                head_dim,
+                scale: (head_dim as f32).powf(-0.5),
+            },
+            activation: config.hidden_act.into(),
+        })
+    }
+
+    /// `[ΣP, E] -> [ΣP, E]`; attention stays inside each picture.
+    fn forward(&self, ctx: Context, x: &Tensor, groups: &[(usize, usize)]) -> ops::Result<Tensor> {
+        let normed = self.layer_norm1.forward(ctx, x)?;
+        let q = self.q_proj.forward(ctx, &normed)?; // [ΣP, H·K]
+        let k = self.k_proj.forward(ctx, &normed)?;
+        let v = self.v_proj.forward(ctx, &normed)?;
+        let attended = ops::attention_within(ctx, self.heads, &q, &k, &v, groups)?;
+        let x = ops::add(x, &self.out_proj.forward(ctx, &attended)?)?;
+
+        let inner = self.fc1.forward(ctx, &self.layer_norm2.forward(ctx, &x)?)?; // [ΣP, F]
+        let inner = ops::activate(ctx, self.activation, &inner)?;
+        ops::add(&x, &self.fc2.forward(ctx, &inner)?)
+    }
+}
+
+impl Embeddings {
+    fn new(config: &VisionConfig, loader: &Loader<'_>) -> Result<Self, ModelError> {
+        let (width, patch, channels) = (config.embed_dim, config.patch_size, config.num_channels);
+        let kernel = loader.weight("patch_embedding.weight", &[width, channels, patch, patch])?;
+        let positions = loader.weight("position_embedding.weight", &[config.num_positions(), width])?;
+        Ok(Self {
+            patch_embedding: Linear::new(kernel.reshape([width, channels * patch * patch]), None),
+            class_embedding: loader.weight("class_embedding", &[width])?,
+            position_embedding: Embedding::new(positions),
+            patch_size: patch,
+            image_size: config.image_size,
+        })
+    }
+
+    /// One picture to `[P, E]`, class token first.
+    fn forward(
+        &self,
+        ctx: Context,
+        image: &PixelValues,
+        other_sizes: OtherSizes,
+    ) -> Result<Tensor, ModelError> {
+        let PixelValues { height, width, .. } = *image;
+        let patch = self.patch_size;
+        if other_sizes == OtherSizes::Refuse && (height, width) != (self.image_size, self.image_size) {
+            return Err(ModelError::ImageSize { expected: self.image_size, height, width });
+        }
+        if image.data.len() != 3 * height * width || height < patch || width < patch {
+            return Err(ModelError::BadImage { values: image.data.len(), height, width, patch });
+        }
+        let (rows, columns) = (height / patch, width / patch);
+        let patches = self.patch_embedding.forward(ctx, &unfold(image, patch)?)?; // [rows·columns, E]
+        let class = ops::tensor(self.class_embedding.to_f32_vec(), &[1, self.class_embedding.len()])?;
+        let tokens = ops::concat_rows(&[class, patches])?; // [P, E]
+        Ok(ops::add(&tokens, &self.positions(rows, columns, height == width)?)?)
+    }
+
+    /// Position embeddings of a grid of patches, `[1 + rows·columns, E]`.
+    ///
+    /// Reference: `IdeficsVisionEmbeddings.interpolate_pos_encoding`.
+    fn positions(&self, rows: usize, columns: usize, square: bool) -> ops::Result<Tensor> {
+        let table = self.position_embedding.to_tensor()?; // [1 + side², E]
+        let side = self.image_size / self.patch_size;
+        if rows * columns == side * side && square {
+            return Ok(table);
+        }
+        let width = self.position_embedding.width();
+        let grid = ops::to_vec(&ops::rows(&table, 1, side * side)?)?;
+        let grid = bicubic(&grid, side, width, rows, columns);
+        let grid = ops::tensor(grid, &[rows * columns, width])?;
+        ops::concat_rows(&[ops::rows(&table, 0, 1)?, grid])
+    }
+}
+
+/// Patches as rows in the order of the convolution's kernel: `[3, height, width] -> [patches, 3·p·p]`.
+fn unfold(image: &PixelValues, patch: usize) -> ops::Result<Tensor> {
+    let (rows, columns) = (image.height / patch, image.width / patch);
+    let mut out = Vec::with_capacity(rows * columns * 3 * patch * patch);
+    for row in 0..rows {
+        for column in 0..columns {
+            for channel in 0..3 {
+                for y in 0..patch {
+                    let start = (channel * image.height + row * patch + y) * image.width + column * patch;
+                    out.extend_from_slice(&image.data[start..start + patch]);
+                }
+            }
+        }
+    }
+    ops::tensor(out, &[rows * columns, 3 * patch * patch])
+}
+
+/// A square grid `[side, side, E]` resampled to `[rows, columns, E]` as `torch.nn.functional.interpolate` does
+/// in `bicubic` mode (a = -0.75, no antialias), by the scale factors `(n + 0.1) / side` of the reference.
+fn bicubic(grid: &[f32], side: usize, width: usize, rows: usize, columns: usize) -> Vec<f32> {
+    let (down, across) = (taps(side, rows), taps(side, columns));
+    let mut out = Vec::with_capacity(rows * columns * width);
+    for (ys, wy) in &down {
+        for (xs, wx) in &across {
+            for channel in 0..width {
+                let row = |y: usize| -> f32 {
+                    xs.iter().zip(wx).map(|(x, w)| grid[(y * side + x) * width + channel] * w).sum()
+                };
+                out.push(ys.iter().zip(wy).map(|(y, w)| row(*y) * w).sum());
+            }
+        }
+    }
+    out
+}
+
+/// For each output position, the four inputs it reads (clamped at the border) and their weights.
+fn taps(side: usize, n: usize) -> Vec<([usize; 4], [f32; 4])> {
+    const A: f32 = -0.75;
+    let near = |x: f32| ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
+    let far = |x: f32| ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A;
+    // The factor itself, not the ratio of the sizes, gives the coordinates.
+    let scale = (side as f64 / (n as f64 + 0.1)) as f32;
+    (0..n)
+        .map(|i| {
+            let at = scale * (i as f32 + 0.5) - 0.5;
+            let (base, t) = (at.floor(), at - at.floor());
+            let index = |offset: i64| (base as i64 + offset).clamp(0, side as i64 - 1) as usize;
+            ([index(-1), index(0), index(1), index(2)], [far(t + 1.0), near(t), near(1.0 - t), far(2.0 - t)])
+        })
+        .collect()
+}

@@ -1,0 +1,164 @@
+//! Attention over sequences laid end to end, with or without a cache of keys and values.
+
+use half::bf16;
+use idefics_kernels::attention::{Job, Rows, attention};
+
+use super::{Compute, Context, Heads, Result, Tensor, TensorError, Visible, tensor, with_slice};
+
+/// Keys and values of one sequence and one layer, `[S, H·K]` each; they grow as tokens come.
+///
+/// Kept as bf16 when the model computes in bf16, as the reference keeps them.
+#[derive(Debug, Clone)]
+pub struct KeyValues {
+    keys: Buffer,
+    values: Buffer,
+}
+
+#[derive(Debug, Clone)]
+enum Buffer {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+/// Some rows of a query tensor and the keys and values they look at.
+#[derive(Debug, Clone, Copy)]
+pub struct Span<'a> {
+    /// Number of query rows.
+    pub n_queries: usize,
+    /// What they look at.
+    pub memory: &'a KeyValues,
+    /// Which keys each of them sees.
+    pub visible: Visible,
+}
+
+impl KeyValues {
+    /// An empty memory in the element type that `ctx` computes in.
+    pub fn new(ctx: Context) -> Self {
+        let empty = || match ctx.compute {
+            Compute::F32 => Buffer::F32(Vec::new()),
+            Compute::Bf16 => Buffer::Bf16(Vec::new()),
+        };
+        Self { keys: empty(), values: empty() }
+    }
+
+    /// Appends rows `first..first + count` of `keys` and `values`, both `[T, H·K]`.
+    pub fn append(&mut self, keys: &Tensor, values: &Tensor, first: usize, count: usize) -> Result<()> {
+        self.keys.append(keys, first, count)?;
+        self.values.append(values, first, count)
+    }
+
+    /// Bytes that the rows take.
+    pub fn bytes(&self) -> usize {
+        self.keys.bytes() + self.values.bytes()
+    }
+}
+
+impl Buffer {
+    fn append(&mut self, rows: &Tensor, first: usize, count: usize) -> Result<()> {
+        with_slice(rows, |rows, dims| {
+            let width = dims[1];
+            let new = &rows[first * width..(first + count) * width];
+            match self {
+                Self::F32(data) => data.extend_from_slice(new),
+                Self::Bf16(data) => data.extend(new.iter().map(|value| bf16::from_f32(*value))),
+            }
+            Ok(())
+        })
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        match self {
+            Self::F32(data) => Rows::F32(data),
+            Self::Bf16(data) => Rows::Bf16(data),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(data) => size_of_val(data.as_slice()),
+            Self::Bf16(data) => size_of_val(data.as_slice()),
+        }
+    }
+}
+
+/// Attention of every span's queries over its memory: `queries` `[T, H·K]` `-> [T, H·K]`, `T = Σ n_queries`.
+pub fn attention_with_cache(
+    ctx: Context,
+    heads: Heads,
+    queries: &Tensor,
+    spans: &[Span<'_>],
+) -> Result<Tensor> {
+    let width = heads.n_heads * heads.head_dim;
+    with_slice(queries, |queries, dims| {
+        expect_rows("queries", dims, spans.iter().map(|span| span.n_queries).sum(), width)?;
+        let mut first = 0;
+        let jobs: Vec<_> = spans
+            .iter()
+            .map(|span| {
+                let rows = &queries[first * width..(first + span.n_queries) * width];
+                first += span.n_queries;
+                let (keys, values) = (span.memory.keys.rows(), span.memory.values.rows());
+                Job { queries: rows, keys, values, visible: span.visible }
+            })
+            .collect();
+        let mut out = vec![0.0; queries.len()];
+        attention(ctx.isa, heads, &jobs, &mut out);
+        Ok(out)
+    })
+    .and_then(|out| tensor(out, &[spans.iter().map(|span| span.n_queries).sum(), width]))
+}
+
+/// Attention inside groups laid end to end: `lengths` gives each group's number of queries and of keys, and
+/// every query of a group sees all its keys. `queries` `[ΣT, H·K]`, `keys` and `values` `[ΣS, H·K]`.
+pub fn attention_within(
+    ctx: Context,
+    heads: Heads,
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    lengths: &[(usize, usize)],
+) -> Result<Tensor> {
+    let width = heads.n_heads * heads.head_dim;
+    let (n_queries, n_keys) = lengths.iter().fold((0, 0), |sum, length| (sum.0 + length.0, sum.1 + length.1));
+    // One closure per tensor: each lends its elements only while it is held.
+    let out = with_slice(queries, |queries, dims| {
+        expect_rows("queries", dims, n_queries, width)?;
+        with_slice(keys, |keys, dims| {
+            expect_rows("keys", dims, n_keys, width)?;
+            with_slice(values, |values, dims| {
+                expect_rows("values", dims, n_keys, width)?;
+                let mut at = (0, 0);
+                let jobs: Vec<_> = lengths
+                    .iter()
+                    .map(|(n_queries, n_keys)| {
+                        let (q, k) = at;
+                        at = (q + n_queries, k + n_keys);
+                        Job {
+                            queries: &queries[q * width..at.0 * width],
+                            keys: Rows::F32(&keys[k * width..at.1 * width]),
+                            values: Rows::F32(&values[k * width..at.1 * width]),
+                            visible: Visible::All,
+                        }
+                    })
+                    .collect();
+                let mut out = vec![0.0; queries.len()];
+                attention(ctx.isa, heads, &jobs, &mut out);
+                Ok(out)
+            })
+            .map_err(into_inner)
+        })
+        .map_err(into_inner)
+    })?;
+    tensor(out, &[n_queries, width])
+}
+
+fn into_inner(TensorError(error): TensorError) -> candle_core::Error {
+    error
+}
+
+fn expect_rows(what: &str, dims: &[usize], rows: usize, width: usize) -> candle_core::Result<()> {
+    if dims != [rows, width] {
+        candle_core::bail!("attention: {what} of [{rows}, {width}] expected, got {dims:?}");
+    }
+    Ok(())
+}
