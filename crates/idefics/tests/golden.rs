@@ -78,9 +78,12 @@ fn the_vision_tower_and_the_resampler_give_the_printed_values() {
         let model = model(golden, CONTEXT());
         let mut seen = Vec::new();
         model
-            .encode_images_observed(&pictures, &mut |stage, x| seen.push((stage, ops::to_vec(x).expect("values"))))
+            .encode_images_observed(&pictures, &mut |stage, x| {
+                seen.push((stage, ops::to_vec(x).expect("values")))
+            })
             .expect("image states");
-        let of = |wanted: Stage| &seen.iter().find(|(stage, _)| *stage == wanted).expect("the stage was shown").1;
+        let of =
+            |wanted: Stage| &seen.iter().find(|(stage, _)| *stage == wanted).expect("the stage was shown").1;
         check_ends(
             "vision embeddings",
             of(Stage::VisionEmbeddings),
@@ -208,7 +211,8 @@ fn losses_have_the_printed_values() {
     {
         let inputs = rows();
         let got = logits(&model(golden, CONTEXT()), &inputs);
-        let per_row: Vec<_> = got.iter().zip(&inputs).map(|(row, inputs)| losses(row, &inputs.token_ids)).collect();
+        let per_row: Vec<_> =
+            got.iter().zip(&inputs).map(|(row, inputs)| losses(row, &inputs.token_ids)).collect();
         let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
         assert_close("both rows", &[mean(&per_row.concat()) as f32], &[both_rows], Tolerance::PRINTED);
         assert_close("row 0", &[mean(&per_row[0]) as f32], &[first_row], Tolerance::PRINTED);
@@ -222,7 +226,12 @@ fn every_instruction_tier_agrees() {
         for isa in Isa::available() {
             let got = logits(&model(golden, Context { isa, compute: Compute::F32 }), &rows());
             for (row, (got, best)) in got.iter().zip(&best).enumerate() {
-                assert_close(&format!("{golden:?} row {row} on {}", isa.tier()), got, best, Tolerance::LOGITS);
+                assert_close(
+                    &format!("{golden:?} row {row} on {}", isa.tier()),
+                    got,
+                    best,
+                    Tolerance::LOGITS,
+                );
             }
         }
     }

@@ -39,7 +39,9 @@ fn sequence(n: usize, first_image: usize, n_images: usize) -> SequenceInputs {
     SequenceInputs {
         token_ids: (0..n).map(|i| (i * 17 % VOCAB) as u32).collect(),
         image_index: (0..n)
-            .map(|i| (n_images > 0 && i >= first_image).then(|| ((i - first_image) / 3).min(n_images - 1) as u32))
+            .map(|i| {
+                (n_images > 0 && i >= first_image).then(|| ((i - first_image) / 3).min(n_images - 1) as u32)
+            })
             .collect(),
         images: (0..n_images).map(|i| picture(&format!("picture {i}"))).collect(),
     }
@@ -73,7 +75,8 @@ fn logits(model: &Model, inputs: &[SequenceInputs], chunk: usize) -> Vec<Vec<f32
 
 #[test]
 fn a_batch_gives_each_sequence_what_it_gets_alone() {
-    let inputs = [sequence(9, 2, 2), sequence(23, 0, 3), sequence(1, 0, 1), sequence(14, 0, 0), sequence(80, 70, 1)];
+    let inputs =
+        [sequence(9, 2, 2), sequence(23, 0, 3), sequence(1, 0, 1), sequence(14, 0, 0), sequence(80, 70, 1)];
     for (name, model) in models() {
         let together = logits(&model, &inputs, usize::MAX >> 1);
         for (index, input) in inputs.iter().enumerate() {

@@ -12,6 +12,7 @@ pub mod hub;
 mod index;
 mod layout;
 mod mmap;
+mod scan;
 mod weight;
 mod weights;
 
@@ -28,6 +29,7 @@ pub use generation_config::{EarlyStopping, GenerationConfigFile, StopStrings};
 pub use header::{HeaderError, TensorInfo, parse_header};
 pub use index::{Index, IndexError};
 pub use layout::{Component, expected_tensors};
+pub use scan::NonFinite;
 pub use weight::{DType, Weight};
 pub use weights::Weights;
 

@@ -36,7 +36,9 @@ pub enum ProcessorError {
         reason: String,
     },
     /// Rows of different lengths were asked for as one tensor without padding.
-    #[error("rows have different lengths ({shortest} to {longest} tokens): choose a padding that makes them equal")]
+    #[error(
+        "rows have different lengths ({shortest} to {longest} tokens): choose a padding that makes them equal"
+    )]
     RaggedBatch {
         /// Tokens of the shortest row.
         shortest: usize,

@@ -39,11 +39,7 @@ pub struct Normalize {
 impl Default for ImageProcessor {
     /// 224 x 224 with CLIP's mean and deviation: the values of every published checkpoint.
     fn default() -> Self {
-        Self {
-            size: Some((224, 224)),
-            rescale_factor: Some(1.0 / 255.0),
-            normalize: Some(Normalize::CLIP),
-        }
+        Self { size: Some((224, 224)), rescale_factor: Some(1.0 / 255.0), normalize: Some(Normalize::CLIP) }
     }
 }
 
@@ -51,7 +47,8 @@ impl ImageProcessor {
     /// Reads `preprocessor_config.json`. Unknown keys are tolerated, values that would change the result in a
     /// way that is not implemented are errors.
     pub fn from_file(path: &Path) -> Result<Self, ProcessorError> {
-        let text = fs::read_to_string(path).map_err(|e| config_error(path, format!("cannot be read: {e}")))?;
+        let text =
+            fs::read_to_string(path).map_err(|e| config_error(path, format!("cannot be read: {e}")))?;
         Self::from_json(&text).map_err(|reason| config_error(path, reason))
     }
 
@@ -91,7 +88,9 @@ impl ImageProcessor {
         let table = self.value_table();
         let mut data = Vec::with_capacity(image.data().len());
         for (channel, values) in table.iter().enumerate() {
-            data.extend(image.data().iter().skip(channel).step_by(3).map(|&sample| values[usize::from(sample)]));
+            data.extend(
+                image.data().iter().skip(channel).step_by(3).map(|&sample| values[usize::from(sample)]),
+            );
         }
         PixelValues::new(data, image.height(), image.width())
     }
@@ -237,7 +236,10 @@ mod tests {
             (r#"{"image_num_channels": 1}"#, "image_num_channels: expected 3, got 1"),
             (r#"{"resample": 2}"#, "resample: expected 3 (bicubic), got 2"),
             (r#"{"image_size": 0}"#, "image size: expected sides from 1 to 16384, got 0x0"),
-            (r#"{"image_size": 99999999}"#, "image size: expected sides from 1 to 16384, got 99999999x99999999"),
+            (
+                r#"{"image_size": 99999999}"#,
+                "image size: expected sides from 1 to 16384, got 99999999x99999999",
+            ),
             (r#"{"image_mean": [0.5]}"#, "image_mean: expected 3 values, got 1"),
             (r#"{"image_std": [0.5, 0, 1]}"#, "image_std: expected values other than 0"),
         ];

@@ -32,18 +32,20 @@ pub fn resize_bicubic(image: &RgbImage, width: usize, height: usize) -> RgbImage
 fn horizontal_pass(image: &RgbImage, width: usize) -> RgbImage {
     let axis = Axis::new(image.width(), width);
     let mut out = vec![0u8; image.height() * width * 3];
-    out.par_chunks_mut(width * 3).zip(image.data().par_chunks(image.width() * 3)).for_each(|(out_row, row)| {
-        for (pixel, window) in out_row.chunks_exact_mut(3).zip(&axis.windows) {
-            let taps = axis.taps(window);
-            let mut sums = [1i32 << (PRECISION_BITS - 1); 3];
-            for (source, &k) in row[window.first * 3..].chunks_exact(3).zip(taps) {
-                sums[0] += i32::from(source[0]) * k;
-                sums[1] += i32::from(source[1]) * k;
-                sums[2] += i32::from(source[2]) * k;
+    out.par_chunks_mut(width * 3).zip(image.data().par_chunks(image.width() * 3)).for_each(
+        |(out_row, row)| {
+            for (pixel, window) in out_row.chunks_exact_mut(3).zip(&axis.windows) {
+                let taps = axis.taps(window);
+                let mut sums = [1i32 << (PRECISION_BITS - 1); 3];
+                for (source, &k) in row[window.first * 3..].chunks_exact(3).zip(taps) {
+                    sums[0] += i32::from(source[0]) * k;
+                    sums[1] += i32::from(source[1]) * k;
+                    sums[2] += i32::from(source[2]) * k;
+                }
+                pixel.copy_from_slice(&sums.map(to_sample));
             }
-            pixel.copy_from_slice(&sums.map(to_sample));
-        }
-    });
+        },
+    );
     RgbImage::from_parts(width, image.height(), out)
 }
 

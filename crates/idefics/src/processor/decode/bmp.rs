@@ -17,14 +17,12 @@ pub(super) fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Imag
     let has_alpha = decoder.color_type().has_alpha();
     let mut samples = vec![0; width * height * usize::from(decoder.color_type().bytes_per_pixel())];
     decoder.read_image(&mut samples).map_err(error)?;
-    let mut data: Vec<u8> = if has_alpha {
-        samples.as_chunks().0.iter().flat_map(|&p| over_white(p)).collect()
-    } else {
-        samples
-    };
+    let mut data: Vec<u8> =
+        if has_alpha { samples.as_chunks().0.iter().flat_map(|&p| over_white(p)).collect() } else { samples };
     if let Some(green_bits) = green_bits_of_16(bytes) {
         for pixel in data.as_chunks_mut::<3>().0 {
-            *pixel = [rounded_down(pixel[0], 5), rounded_down(pixel[1], green_bits), rounded_down(pixel[2], 5)];
+            *pixel =
+                [rounded_down(pixel[0], 5), rounded_down(pixel[1], green_bits), rounded_down(pixel[2], 5)];
         }
     }
     let image = RgbImage::new(width, height, data).map_err(|_| ImageError::Malformed(FORMAT))?;

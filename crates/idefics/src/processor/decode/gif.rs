@@ -18,7 +18,9 @@ pub(super) fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Imag
     options.set_color_output(ColorOutput::Indexed);
     options.allow_unknown_blocks(true);
     // One byte a pixel; the size itself is checked below, before anything of that size is allocated.
-    options.set_memory_limit(NonZeroU64::new(limits.max_pixels).map_or(MemoryLimit::Unlimited, MemoryLimit::Bytes));
+    options.set_memory_limit(
+        NonZeroU64::new(limits.max_pixels).map_or(MemoryLimit::Unlimited, MemoryLimit::Bytes),
+    );
     let mut decoder = options.read_info(Cursor::new(bytes)).map_err(|e| category(&e))?;
     let (screen_width, screen_height) = (usize::from(decoder.width()), usize::from(decoder.height()));
 
@@ -50,7 +52,9 @@ pub(super) fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Imag
 
 fn category(error: &DecodingError) -> ImageError {
     match error {
-        DecodingError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => ImageError::Truncated(FORMAT),
+        DecodingError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            ImageError::Truncated(FORMAT)
+        }
         _ => ImageError::Malformed(FORMAT),
     }
 }

@@ -40,9 +40,7 @@ fn read_pixels(reader: WatchedReader<'_>, limits: &ImageLimits) -> Result<Decode
     let decoder =
         Decompress::builder().with_markers(&[Marker::APP(1)]).from_reader(reader).map_err(malformed)?;
     let (width, height) = limits.check_size(FORMAT, decoder.width() as u64, decoder.height() as u64)?;
-    let exif = decoder
-        .markers()
-        .find_map(|m| m.data.strip_prefix(b"Exif\0\0").map(<[u8]>::to_vec));
+    let exif = decoder.markers().find_map(|m| m.data.strip_prefix(b"Exif\0\0").map(<[u8]>::to_vec));
 
     let colours = match decoder.components().len() {
         1 => ColorSpace::JCS_GRAYSCALE,

@@ -60,7 +60,10 @@ impl RgbImage {
 
 impl fmt::Debug for RgbImage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RgbImage").field("width", &self.width).field("height", &self.height).finish_non_exhaustive()
+        f.debug_struct("RgbImage")
+            .field("width", &self.width)
+            .field("height", &self.height)
+            .finish_non_exhaustive()
     }
 }
 
@@ -146,7 +149,11 @@ pub enum ExifOrientation {
 }
 
 /// Decodes a picture of any accepted format.
-pub fn decode(bytes: &[u8], limits: &ImageLimits, orientation: ExifOrientation) -> Result<RgbImage, ImageError> {
+pub fn decode(
+    bytes: &[u8],
+    limits: &ImageLimits,
+    orientation: ExifOrientation,
+) -> Result<RgbImage, ImageError> {
     if bytes.is_empty() {
         return Err(ImageError::Empty);
     }

@@ -13,7 +13,10 @@ pub(super) fn apply(image: RgbImage, exif: Option<&[u8]>) -> RgbImage {
     let (w, h) = (image.width(), image.height());
     let swapped = matches!(
         orientation,
-        Orientation::Rotate90 | Orientation::Rotate270 | Orientation::Rotate90FlipH | Orientation::Rotate270FlipH
+        Orientation::Rotate90
+            | Orientation::Rotate270
+            | Orientation::Rotate90FlipH
+            | Orientation::Rotate270FlipH
     );
     let (width, height) = if swapped { (h, w) } else { (w, h) };
     let mut data = Vec::with_capacity(image.data().len());

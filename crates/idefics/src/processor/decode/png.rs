@@ -41,7 +41,9 @@ pub(super) fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Imag
     let data = match info.color_type {
         ColorType::Grayscale => samples.grey(info.trns.as_deref()),
         ColorType::Rgb => samples.bytes::<3>().flatten().collect(),
-        ColorType::GrayscaleAlpha => samples.bytes::<2>().flat_map(|[v, a]| over_white([v, v, v, a])).collect(),
+        ColorType::GrayscaleAlpha => {
+            samples.bytes::<2>().flat_map(|[v, a]| over_white([v, v, v, a])).collect()
+        }
         ColorType::Rgba => samples.bytes::<4>().flat_map(over_white).collect(),
         ColorType::Indexed => samples.indexed(info.palette.as_deref(), info.trns.as_deref()),
     };
@@ -79,8 +81,7 @@ impl Samples<'_> {
 
     fn indexed(&self, palette: Option<&[u8]>, trns: Option<&[u8]>) -> Vec<u8> {
         let trns = trns.unwrap_or_default();
-        let palette =
-            Palette::new(palette.unwrap_or_default(), |i| trns.get(i).copied().unwrap_or(255));
+        let palette = Palette::new(palette.unwrap_or_default(), |i| trns.get(i).copied().unwrap_or(255));
         self.packed().flat_map(|index| palette.colour(index)).collect()
     }
 

@@ -18,11 +18,8 @@ pub(super) fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Imag
     let has_alpha = decoder.color_type().has_alpha();
     let mut samples = vec![0; width * height * usize::from(decoder.color_type().bytes_per_pixel())];
     decoder.read_image(&mut samples).map_err(error)?;
-    let data = if has_alpha {
-        samples.as_chunks().0.iter().flat_map(|&p| over_white(p)).collect()
-    } else {
-        samples
-    };
+    let data =
+        if has_alpha { samples.as_chunks().0.iter().flat_map(|&p| over_white(p)).collect() } else { samples };
     let image = RgbImage::new(width, height, data).map_err(|_| ImageError::Malformed(FORMAT))?;
     Ok(Decoded { image, exif })
 }

@@ -1,8 +1,7 @@
 //! `data:` URIs (RFC 2397): base64 or percent-encoded bytes in the address itself.
 
 use base64::{
-    Engine,
-    alphabet,
+    Engine, alphabet,
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 
@@ -17,10 +16,10 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 /// The bytes of a `data:` URI, at most `max_bytes`. The media type is not looked at: a picture says itself what it is.
 pub fn decode_data_uri(uri: &str, max_bytes: usize) -> Result<Vec<u8>, ImageError> {
     let rest = strip_scheme(uri).ok_or(ImageError::DataUri("does not start with `data:`"))?;
-    let (media_type, data) = rest.split_once(',').ok_or(ImageError::DataUri("has no comma before its data"))?;
-    let is_base64 = media_type
-        .rsplit_once(';')
-        .is_some_and(|(_, last)| last.trim().eq_ignore_ascii_case("base64"));
+    let (media_type, data) =
+        rest.split_once(',').ok_or(ImageError::DataUri("has no comma before its data"))?;
+    let is_base64 =
+        media_type.rsplit_once(';').is_some_and(|(_, last)| last.trim().eq_ignore_ascii_case("base64"));
     // Checked on the text, before anything is allocated for its content.
     let too_long = if is_base64 { max_bytes / 3 * 4 + 8 } else { max_bytes };
     if data.len() / 3 > too_long || (is_base64 && unescaped_length(data) > too_long) {

@@ -115,7 +115,12 @@ pub fn fetch(address: &str, policy: &FetchPolicy) -> Result<Vec<u8>, FetchError>
 }
 
 /// One hop. A fresh agent each time: no pooled connection outlives its check.
-fn request(url: &Url, host: &str, policy: &FetchPolicy, deadline: Instant) -> Result<Response<Body>, FetchError> {
+fn request(
+    url: &Url,
+    host: &str,
+    policy: &FetchPolicy,
+    deadline: Instant,
+) -> Result<Response<Body>, FetchError> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Err(FetchError::Timeout(policy.timeout.as_secs_f64()));
@@ -185,7 +190,9 @@ fn category(error: ureq::Error, host: &str, policy: &FetchPolicy) -> FetchError 
         ureq::Error::Other(e) if e.is::<RefusedAddress>() => FetchError::PrivateAddress(host),
         ureq::Error::Io(e) => match e.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>()) {
             Some(ureq::Error::Timeout(_)) => FetchError::Timeout(policy.timeout.as_secs_f64()),
-            _ if e.kind() == std::io::ErrorKind::TimedOut => FetchError::Timeout(policy.timeout.as_secs_f64()),
+            _ if e.kind() == std::io::ErrorKind::TimedOut => {
+                FetchError::Timeout(policy.timeout.as_secs_f64())
+            }
             _ => FetchError::Connection(host),
         },
         ureq::Error::BadUri(_) | ureq::Error::Http(_) => FetchError::BadUrl,

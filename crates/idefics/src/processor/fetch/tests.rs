@@ -49,7 +49,8 @@ fn check_error(address: &str, policy: &FetchPolicy, expected: &str) {
 fn a_body_is_fetched() {
     let host = serve_text("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello");
     assert_eq!(fetch(&format!("http://{host}/a.png"), &loopback_policy()).unwrap(), b"hello");
-    let chunked = serve_text("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n");
+    let chunked =
+        serve_text("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n");
     assert_eq!(fetch(&format!("http://{chunked}/"), &loopback_policy()).unwrap(), b"abcde");
 }
 
