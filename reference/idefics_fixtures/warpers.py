@@ -13,6 +13,7 @@ from .common import FIXTURES, floats, rng, write_json
 WIDTH = 30
 PROMPT_LENGTH = 6
 TIED_ROW = 3
+SORTING = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 EOS = [2, 9]
 # The first row repeats bigrams; the last is as long as max_length 12 needs to force the end.
 TOKENS = [
@@ -112,7 +113,7 @@ def write_warpers() -> None:
         best = scores[TIED_ROW].topk(6).indices[4:]
         kept = processed[TIED_ROW][best].isfinite()
         # Between equal scores the reference's sort decides: such a result would say nothing.
-        assert option in ("bad_words_ids", "suppress_tokens") or kept[0] == kept[1], (option, value)
+        assert option not in SORTING or kept[0] == kept[1], (option, value)
         entries.append({"option": option, "value": value, **extra, "scores": [floats(row) for row in processed]})
     invalid = torch.tensor([[float("nan"), float("inf"), float("-inf"), 1.5]])
     cleaned = lp.InfNanRemoveLogitsProcessor()(torch.tensor([[1]]), invalid)
