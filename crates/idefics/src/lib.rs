@@ -9,6 +9,8 @@ pub mod config;
 pub mod generate;
 pub mod model;
 pub mod ops;
+mod pretrained;
 pub mod processor;
 
-pub use processor::{Prompt, Segment, SequenceInputs};
+pub use pretrained::{ComputeType, Idefics, LoadError, LoadOptions};
+pub use processor::{Processor, Prompt, Segment, SequenceInputs};

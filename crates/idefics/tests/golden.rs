@@ -14,7 +14,7 @@ use idefics::{
     ops::{self, Compute, Context, Isa},
     processor::PixelValues,
 };
-use idefics_testing::{Golden, Tolerance, assert_close, golden_fill, write_golden_checkpoint};
+use idefics_testing::{Golden, Tolerance, assert_close, golden_fill, tolerance, write_golden_checkpoint};
 
 const CONTEXT: fn() -> Context = || Context { isa: Isa::best(), compute: Compute::F32 };
 
@@ -66,8 +66,8 @@ fn logits(model: &Model, inputs: &[SequenceInputs]) -> Vec<Vec<f32>> {
 }
 
 fn check_ends(what: &str, got: &[f32], first: [f32; 4], last: [f32; 4]) {
-    assert_close(&format!("{what}, first values"), &got[..4], &first, Tolerance::PRINTED);
-    assert_close(&format!("{what}, last values"), &got[got.len() - 4..], &last, Tolerance::PRINTED);
+    assert_close(&format!("{what}, first values"), &got[..4], &first, tolerance::PRINTED);
+    assert_close(&format!("{what}, last values"), &got[got.len() - 4..], &last, tolerance::PRINTED);
 }
 
 #[test]
@@ -161,10 +161,10 @@ fn logits_have_the_printed_values() {
          [-0.982_032, -1.051_72, 0.199_724, -0.288_799, -0.891_401, 0.282_368], [-5.313_78, 279.127]),
     ] {
         let got = logits(&model(golden, CONTEXT()), &rows());
-        assert_close("last position", &got[0][6 * 43..][..6], &end, Tolerance::PRINTED);
-        assert_close("additional vocabulary", &got[0][7 * 43 - 3..], &tail, Tolerance::PRINTED);
-        assert_close("a token before the first image", &got[0][43..][..6], &before_images, Tolerance::PRINTED);
-        assert_close("last position of row 1", &got[1][4 * 43..][..6], &second_row, Tolerance::PRINTED);
+        assert_close("last position", &got[0][6 * 43..][..6], &end, tolerance::PRINTED);
+        assert_close("additional vocabulary", &got[0][7 * 43 - 3..], &tail, tolerance::PRINTED);
+        assert_close("a token before the first image", &got[0][43..][..6], &before_images, tolerance::PRINTED);
+        assert_close("last position of row 1", &got[1][4 * 43..][..6], &second_row, tolerance::PRINTED);
         let all: Vec<f64> = got.iter().flatten().map(|value| f64::from(*value)).collect();
         let (sum, absolute) = (all.iter().sum::<f64>() as f32, all.iter().map(|v| v.abs()).sum::<f64>() as f32);
         // 516 values are summed, each right to some 1e-6: the sum to the printed digits.
@@ -187,7 +187,7 @@ fn text_alone_gives_the_printed_values_with_and_without_a_dummy_image() {
         let with_dummy =
             SequenceInputs { images: vec![Arc::new(PixelValues::new(vec![0.0; 192], 8, 8))], ..text.clone() };
         let got = logits(&model, &[text, with_dummy]);
-        assert_close("text alone", &got[0][6 * 43..][..6], &expected, Tolerance::PRINTED);
+        assert_close("text alone", &got[0][6 * 43..][..6], &expected, tolerance::PRINTED);
         assert_eq!(got[0], got[1], "an image that nobody looks at changes nothing");
     }
 }
@@ -214,8 +214,8 @@ fn losses_have_the_printed_values() {
         let per_row: Vec<_> =
             got.iter().zip(&inputs).map(|(row, inputs)| losses(row, &inputs.token_ids)).collect();
         let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
-        assert_close("both rows", &[mean(&per_row.concat()) as f32], &[both_rows], Tolerance::PRINTED);
-        assert_close("row 0", &[mean(&per_row[0]) as f32], &[first_row], Tolerance::PRINTED);
+        assert_close("both rows", &[mean(&per_row.concat()) as f32], &[both_rows], tolerance::PRINTED);
+        assert_close("row 0", &[mean(&per_row[0]) as f32], &[first_row], tolerance::PRINTED);
     }
 }
 
@@ -230,7 +230,7 @@ fn every_instruction_tier_agrees() {
                     &format!("{golden:?} row {row} on {}", isa.tier()),
                     got,
                     best,
-                    Tolerance::LOGITS,
+                    tolerance::LOGITS,
                 );
             }
         }

@@ -131,7 +131,7 @@ fn a_branch_of_a_cache_does_not_touch_the_other() {
     let input = sequence(12, 1, 1);
     for (name, model) in models() {
         let mut cache = model.start(&input).expect("image states");
-        let mut feed = |cache: &mut _, ids: &[u32]| {
+        let feed = |cache: &mut _, ids: &[u32]| {
             let index = vec![Some(0); ids.len()];
             let row = Row { cache, token_ids: ids, image_index: &index, logits: LogitsOf::Last };
             model.step(&mut [row]).expect("logits").remove(0)

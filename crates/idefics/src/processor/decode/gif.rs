@@ -1,8 +1,8 @@
 //! The first frame of a GIF. Reference: Pillow `GifImagePlugin.py`.
 //!
 //! Surprising: the part of the screen that the frame leaves free is the transparent colour if the frame has one,
-//! and colour 0 otherwise, not the background colour; a frame that hangs over the screen enlarges it; without any
-//! palette the indices are grey values.
+//! and colour 0 otherwise, not the background colour; a frame that hangs over the screen enlarges it. A file
+//! without any palette is refused, where Pillow would guess grey.
 
 use std::{io::Cursor, num::NonZeroU64};
 
@@ -35,8 +35,7 @@ pub(super) fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Imag
     let mut indices = vec![0; decoder.buffer_size()];
     decoder.read_into_buffer(&mut indices).map_err(|e| category(&e))?;
 
-    let grey: Vec<u8> = (0..=255).flat_map(|v| [v; 3]).collect();
-    let colours = decoder.palette().unwrap_or(&grey);
+    let colours = decoder.palette().map_err(|e| category(&e))?;
     let palette = Palette::new(colours, |i| if transparent.map(usize::from) == Some(i) { 0 } else { 255 });
     let mut data = palette.colour(transparent.unwrap_or(0)).repeat(width * height);
     if frame_width > 0 {

@@ -1,0 +1,122 @@
+//! A model and what its checkpoint says of it, opened in one call.
+
+use std::path::Path;
+
+use crate::{
+    SequenceInputs,
+    checkpoint::{Checkpoint, CheckpointError, DType, GenerationConfigFile, Weights},
+    config::IdeficsConfig,
+    generate::{Row, StepModel},
+    model::{Model, ModelError, OtherSizes, SequenceCache},
+    ops::{Compute, Context, Isa},
+};
+
+/// What the factors of matrix products are rounded to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ComputeType {
+    /// By the checkpoint: bf16 where most of its numbers are bf16, `f32` otherwise. Checkpoints in f16 compute
+    /// in `f32`, since activations of the published models overflow f16.
+    #[default]
+    Auto,
+    /// Products of `f32` numbers; weights are widened exactly.
+    F32,
+    /// Products of bf16 numbers with `f32` sums; everything between products stays `f32`.
+    Bf16,
+}
+
+/// How to open a model.
+#[derive(Debug, Clone, Default)]
+pub struct LoadOptions {
+    /// What products are rounded to.
+    pub compute: ComputeType,
+    /// What to do with pictures of another size than the configured one.
+    pub other_sizes: OtherSizes,
+    /// The instruction tier; the strongest of this processor if none is named.
+    pub isa: Option<Isa>,
+}
+
+/// Why a model could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The files are missing, broken or do not fit together.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The weights do not make the model that the configuration describes.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// IDEFICS, ready to read and write.
+///
+/// Results do not depend on the number of threads; to bound them, run calls inside a `rayon` pool of your own or
+/// configure the global one.
+pub struct Idefics {
+    model: Model,
+    generation_config: GenerationConfigFile,
+}
+
+impl Idefics {
+    /// Opens a model directory. Weights stay in the files and are read as they are needed; the files must not be
+    /// changed meanwhile.
+    pub fn from_pretrained(directory: impl AsRef<Path>, options: &LoadOptions) -> Result<Self, LoadError> {
+        Self::from_checkpoint(Checkpoint::open(directory)?, options)
+    }
+
+    /// Builds the model of an opened checkpoint.
+    pub fn from_checkpoint(checkpoint: Checkpoint, options: &LoadOptions) -> Result<Self, LoadError> {
+        let compute = match options.compute {
+            ComputeType::F32 => Compute::F32,
+            ComputeType::Bf16 => Compute::Bf16,
+            ComputeType::Auto => compute_type_of(&checkpoint.weights),
+        };
+        let ctx = Context { isa: options.isa.unwrap_or_else(Isa::best), compute };
+        let model =
+            Model::new(checkpoint.config, &checkpoint.weights, ctx)?.with_other_sizes(options.other_sizes);
+        Ok(Self { model, generation_config: checkpoint.generation_config })
+    }
+
+    /// The forward pass by itself: image features, hidden states, logits.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The configuration of the model.
+    pub fn config(&self) -> &IdeficsConfig {
+        self.model.config()
+    }
+
+    /// What the checkpoint proposes for generation.
+    pub fn generation_config(&self) -> &GenerationConfigFile {
+        &self.generation_config
+    }
+}
+
+impl StepModel for Idefics {
+    type Cache = SequenceCache;
+    type Error = ModelError;
+
+    fn vocab_size(&self) -> usize {
+        self.model.vocab_size()
+    }
+
+    fn max_positions(&self) -> usize {
+        self.model.max_positions()
+    }
+
+    fn start(&self, inputs: &SequenceInputs) -> Result<SequenceCache, ModelError> {
+        self.model.start(inputs)
+    }
+
+    fn step(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Vec<Vec<f32>>, ModelError> {
+        self.model.step(rows)
+    }
+}
+
+/// bf16 if that is what most of the numbers are stored as.
+fn compute_type_of(weights: &Weights) -> Compute {
+    let elements = |of: fn(DType) -> bool| -> usize {
+        weights.iter().filter(|(_, weight)| of(weight.dtype())).map(|(_, weight)| weight.len()).sum()
+    };
+    let bf16 = elements(|dtype| dtype == DType::Bf16);
+    if bf16 > elements(|dtype| dtype != DType::Bf16) { Compute::Bf16 } else { Compute::F32 }
+}

@@ -1,0 +1,115 @@
+//! The tokenizer of a checkpoint: `tokenizer.json`, or `tokenizer.model` where the former is missing.
+//!
+//! Reference: transformers' LLaMA tokenizers in their *legacy* form, the one all published IDEFICS results use:
+//! special tokens are cut out of the text first, then every remaining piece that is not empty gets a `▁` in front
+//! and `▁` for each space. So a text after a special token starts with a `▁` as well, and `"\n"` after
+//! `<end_of_utterance>` becomes `▁` and a newline.
+//! Surprising: what the files say about this differs between versions (`Metaspace` with "first" or "always",
+//! `Prepend`, flags on the special tokens), and taken at their word some of them give other ids. A tokenizer that
+//! is recognised as LLaMA's kind (BPE with byte fallback and a `▁`) is therefore always put into the legacy form;
+//! any other is used as its file says.
+
+mod detokenize;
+mod files;
+mod sentencepiece;
+
+use std::path::Path;
+
+pub use detokenize::DecodeStream;
+
+use super::{
+    error::TokenizerError,
+    prompt::{END_OF_UTTERANCE, FAKE_TOKEN_AROUND_IMAGE, IMAGE_TOKEN, SpecialToken, SpecialTokens},
+};
+use files::Loaded;
+
+/// What becomes of special tokens when ids are turned into text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SpecialTokenText {
+    /// They are left out.
+    #[default]
+    Skip,
+    /// They are written as they are called, like `<s>`.
+    Keep,
+}
+
+/// Text to token ids and back.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    legacy_llama: bool,
+    special_tokens: SpecialTokens,
+}
+
+impl Tokenizer {
+    /// Loads the tokenizer of a checkpoint directory. `added_tokens.json`, `tokenizer_config.json` and
+    /// `special_tokens_map.json` are heeded where they exist, and have to agree with the vocabulary.
+    pub fn from_dir(dir: &Path) -> Result<Self, TokenizerError> {
+        let Loaded { tokenizer: inner, legacy_llama, names } = files::load(dir)?;
+        let find = |text: &str| inner.token_to_id(text).map(|id| SpecialToken { text: text.to_owned(), id });
+        let need = |text: &str| find(text).ok_or_else(|| TokenizerError::MissingToken(text.to_owned()));
+        let bos = need(names.bos.as_deref().unwrap_or("<s>"))?;
+        let eos = need(names.eos.as_deref().unwrap_or("</s>"))?;
+        let pad = match names.pad.or(names.unk) {
+            Some(text) => need(&text)?,
+            None => find("<unk>").unwrap_or_else(|| eos.clone()),
+        };
+        let special_tokens = SpecialTokens {
+            bos,
+            eos,
+            pad,
+            fake_token_around_image: need(FAKE_TOKEN_AROUND_IMAGE)?,
+            image: need(IMAGE_TOKEN)?,
+            end_of_utterance: find(END_OF_UTTERANCE),
+        };
+        Ok(Self { inner, legacy_llama, special_tokens })
+    }
+
+    /// The tokens that have a meaning of their own.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.special_tokens
+    }
+
+    /// Whether this is a tokenizer of LLaMA's kind, which is used in the legacy form whatever its file says.
+    pub fn is_legacy_llama(&self) -> bool {
+        self.legacy_llama
+    }
+
+    /// Number of tokens, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The id of a token.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The token of an id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The ids of a text. Nothing is put in front or behind: `<s>` counts if the text says so.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding =
+            self.inner.encode_fast(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of the ids. Ids beyond the vocabulary have none.
+    pub fn decode(&self, ids: &[u32], special: SpecialTokenText) -> Result<String, TokenizerError> {
+        let skip = special == SpecialTokenText::Skip;
+        self.inner.decode(ids, skip).map_err(|e| TokenizerError::Decode(e.to_string()))
+    }
+
+    /// The token as the decoder sees it, or nothing if it has no text.
+    fn visible_token(&self, id: u32, special: SpecialTokenText) -> Option<String> {
+        let added = self.inner.get_added_vocabulary();
+        let token = added.simple_id_to_token(id).or_else(|| self.inner.id_to_token(id))?;
+        (special == SpecialTokenText::Keep || !added.is_special_token(&token)).then_some(token)
+    }
+}
+
+#[cfg(test)]
+mod tests;
