@@ -1,6 +1,8 @@
 //! The command `idefics`: one file per subcommand under `commands/`.
 
 mod commands;
+mod output;
+mod progress;
 
 use clap::{Parser, Subcommand};
 

@@ -168,7 +168,7 @@ impl TensorList {
         self.0.push((name.into(), shape.to_vec()));
     }
 
-    /// A linear layer or LayerNorm with a bias as long as the weight's first dimension.
+    /// A linear layer or layer norm with a bias as long as the weight's first dimension.
     fn add_with_bias(&mut self, prefix: &str, shape: &[usize]) {
         self.add(format!("{prefix}.weight"), shape);
         self.add(format!("{prefix}.bias"), &shape[..1]);

@@ -1,4 +1,4 @@
-//! What several crates' tests need: fixtures, tolerances, hand-built checkpoints, the LLaMA tokenizer.
+//! What several crates' tests need: fixtures, tolerances, hand-built checkpoints, the `LLaMA` tokenizer.
 //!
 //! Expected numbers come from the reference (`fixtures/`, written by `reference/`), never from this project.
 //! Everything here is for tests: a helper that cannot do its work panics with the reason, and none skips

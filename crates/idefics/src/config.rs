@@ -3,8 +3,10 @@
 //! Field names are Hugging Face's. Unknown keys are tolerated, as the published files carry several that no
 //! code reads. Source: transformers `models/idefics/configuration_idefics.py`.
 
+mod memory;
 mod validate;
 
+pub use memory::{Memory, Workload};
 pub use validate::ConfigError;
 
 use serde::{Deserialize, Deserializer, Serialize};

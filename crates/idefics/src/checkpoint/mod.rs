@@ -8,9 +8,11 @@ mod compare;
 mod error;
 mod generation_config;
 mod header;
+pub mod hub;
 mod index;
 mod layout;
 mod mmap;
+mod scan;
 mod weight;
 mod weights;
 
@@ -27,6 +29,7 @@ pub use generation_config::{EarlyStopping, GenerationConfigFile, StopStrings};
 pub use header::{HeaderError, TensorInfo, parse_header};
 pub use index::{Index, IndexError};
 pub use layout::{Component, expected_tensors};
+pub use scan::NonFinite;
 pub use weight::{DType, Weight};
 pub use weights::Weights;
 

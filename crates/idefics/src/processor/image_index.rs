@@ -71,6 +71,28 @@ mod tests {
         check("IaI$I", 2, "0011.");
     }
 
+    // Rows from transformers 5.23.0: word 8 for the token around images, 9 for images, 2 for the end.
+    #[test]
+    fn masks_equal_the_reference() {
+        let cases: [(&[u32], [[u8; 2]; 9]); 3] = [
+            (
+                &[1, 8, 9, 8, 5, 2, 6, 9, 7],
+                [[0, 0], [0, 0], [1, 0], [1, 0], [1, 0], [1, 0], [0, 0], [0, 1], [0, 1]],
+            ),
+            (
+                &[0, 0, 1, 9, 8, 9, 2, 2, 4],
+                [[0, 0], [0, 0], [0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [0, 0], [0, 0]],
+            ),
+            (
+                &[1, 9, 9, 2, 9, 0, 0, 0, 0],
+                [[0, 0], [1, 0], [0, 1], [0, 1], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0]],
+            ),
+        ];
+        for (ids, expected) in cases {
+            assert_eq!(one_hot(&image_index(ids, 9, 2, 2), 2), expected.concat(), "{ids:?}");
+        }
+    }
+
     #[test]
     fn the_mask_has_a_column_for_each_image() {
         assert_eq!(one_hot(&[None, Some(1), Some(0)], 2), [0, 0, 0, 1, 1, 0]);

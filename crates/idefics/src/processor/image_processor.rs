@@ -111,6 +111,7 @@ impl ImageProcessor {
 
 impl Normalize {
     /// The values CLIP was trained with.
+    #[expect(clippy::excessive_precision, reason = "as CLIP's configuration writes them")]
     pub const CLIP: Self = Self {
         mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
         std: [0.268_629_54, 0.261_302_58, 0.275_777_11],
@@ -178,7 +179,11 @@ mod tests {
 
     // Exact float32 values of the reference.
     #[test]
-    #[expect(clippy::excessive_precision, reason = "as the reference prints them")]
+    #[expect(
+        clippy::excessive_precision,
+        clippy::unreadable_literal,
+        reason = "as the reference prints them"
+    )]
     fn normalisation_equals_the_reference() {
         let processor = ImageProcessor { size: None, ..ImageProcessor::default() };
         let cases: [(u8, [f32; 3]); 4] = [

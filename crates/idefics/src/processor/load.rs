@@ -79,7 +79,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("picture-without-extension");
         fs::write(&path, &bmp).unwrap();
-        let escaped: String = bmp.iter().map(|b| format!("%{b:02x}")).collect();
+        let escaped = bmp.iter().fold(String::new(), |uri, b| uri + &format!("%{b:02x}"));
         let sources = [
             ImageSource::Path(path),
             ImageSource::Bytes(bmp.into()),

@@ -17,10 +17,7 @@ pub mod resize;
 mod tokenizer;
 mod types;
 
-use std::{
-    path::Path,
-    sync::Arc,
-};
+use std::{path::Path, sync::Arc};
 
 pub use decode::{ExifOrientation, ImageLimits, RgbImage};
 pub use error::{FetchError, ImageError, ProcessorError, TokenizerError};
@@ -124,7 +121,11 @@ impl Processor {
     }
 
     /// The string that a prompt is tokenized from.
-    pub fn prompt_text(&self, prompt: &[Segment], options: &ProcessOptions) -> Result<String, ProcessorError> {
+    pub fn prompt_text(
+        &self,
+        prompt: &[Segment],
+        options: &ProcessOptions,
+    ) -> Result<String, ProcessorError> {
         let tokens = self.special_tokens();
         let present = tokens.end_of_utterance.as_ref().map(|t| t.text.as_str());
         let end_of_utterance = match options.add_end_of_utterance {
@@ -132,7 +133,9 @@ impl Processor {
             AddEndOfUtterance::Never => None,
             AddEndOfUtterance::Always => Some(present.ok_or_else(|| ProcessorError::Option {
                 option: "add_end_of_utterance",
-                reason: format!("the vocabulary has no `{END_OF_UTTERANCE}`: expected an instruct checkpoint"),
+                reason: format!(
+                    "the vocabulary has no `{END_OF_UTTERANCE}`: expected an instruct checkpoint"
+                ),
             })?),
         };
         let eos = options.add_eos_token.then_some(tokens.eos.text.as_str());

@@ -116,7 +116,8 @@ pub(super) fn pad(
         let seen = image_index(&ids, tokens.image.id, tokens.eos.id, most_images);
         padded.image_attention_mask.extend(one_hot(&seen, num_images));
         let image_tokens = row.token_ids.iter().filter(|&&id| id == tokens.image.id).count();
-        let slots = padded.pixel_values[index * row_values..][..row_values].chunks_exact_mut(row_values / num_images);
+        let slots =
+            padded.pixel_values[index * row_values..][..row_values].chunks_exact_mut(row_values / num_images);
         for (slot, image) in slots.zip(row.images.iter().take(image_tokens)) {
             slot.copy_from_slice(&image.data);
         }

@@ -99,7 +99,8 @@ mod tests {
                 text => Segment::text(text),
             })
             .collect();
-        let got = assemble(&prompt, "<s>", end_of_utterance.then_some(END_OF_UTTERANCE), eos.then_some("</s>"));
+        let got =
+            assemble(&prompt, "<s>", end_of_utterance.then_some(END_OF_UTTERANCE), eos.then_some("</s>"));
         let short = got
             .replace(FAKE_TOKEN_AROUND_IMAGE, "F")
             .replace(IMAGE_TOKEN, "I")

@@ -116,7 +116,7 @@ fn bombs_are_refused_before_pixels_are_made() {
     let mut huge_gif = bytes_of(PICTURES.iter().find(|row| row.0.starts_with("GIF")).unwrap());
     huge_gif[6..10].copy_from_slice(&[0xff; 4]);
     let mut huge_bmp = bytes_of(PICTURES.last().unwrap());
-    huge_bmp[18..26].copy_from_slice(&[0, 0, 1, 0, 0, 0, 1, 0]);
+    huge_bmp[18..26].copy_from_slice(&[0x60, 0xea, 0, 0, 0x60, 0xea, 0, 0]);
 
     for (name, bytes) in
         [("PNG", png_header(60_000)), ("JPEG", huge_jpeg), ("GIF", huge_gif), ("BMP", huge_bmp)]

@@ -17,32 +17,37 @@ pub(super) fn is_public(address: IpAddr) -> bool {
 }
 
 fn is_public_v4(address: Ipv4Addr) -> bool {
-    let special = matches!(
-        address.octets(),
-        [0 | 10 | 127, ..]                      // this network, private use, loopback
-            | [100, 64..=127, ..]               // carrier-grade NAT
-            | [169, 254, ..]                    // link-local, home of cloud metadata services
-            | [172, 16..=31, ..]                // private use
-            | [192, 0, 0 | 2, _]                // protocol assignments, documentation
-            | [192, 88, 99, _]                  // 6to4 relays
-            | [192, 168, ..]                    // private use
-            | [198, 18..=19, ..]                // benchmarking
-            | [198, 51, 100, _]                 // documentation
-            | [203, 0, 113, _]                  // documentation
-            | [224..=255, ..] // multicast, reserved, broadcast
-    );
+    let special = match address.octets() {
+        // This network, private use, loopback; multicast, reserved, broadcast.
+        [0 | 10 | 127 | 224..=255, ..] => true,
+        // Carrier-grade NAT.
+        [100, second, ..] => (64..=127).contains(&second),
+        // Link-local, home of cloud metadata services.
+        [169, second, ..] => second == 254,
+        // Private use.
+        [172, second, ..] => (16..=31).contains(&second),
+        // Protocol assignments, documentation, 6to4 relays, private use.
+        [192, second, third, _] => matches!((second, third), (0, 0 | 2) | (88, 99) | (168, _)),
+        // Benchmarking, documentation.
+        [198, second, third, _] => matches!((second, third), (18 | 19, _) | (51, 100)),
+        // Documentation.
+        [203, second, third, _] => (second, third) == (0, 113),
+        _ => false,
+    };
     !special
 }
 
 fn is_public_v6(address: Ipv6Addr) -> bool {
     // Only 2000::/3 is handed out; of it, some blocks are special.
-    let special = matches!(
-        address.segments(),
-        [0x2001, 0x0000..=0x01ff, ..]           // protocol assignments: Teredo, benchmarking, ORCHID and others
-            | [0x2001, 0x0db8, ..]              // documentation
-            | [0x2002, ..]                      // 6to4
-            | [0x3fff, 0x0000..=0x0fff, ..] // documentation
-    );
+    let special = match address.segments() {
+        // Protocol assignments (Teredo, benchmarking, ORCHID and others); documentation.
+        [0x2001, second, ..] => second <= 0x01ff || second == 0x0db8,
+        // 6to4.
+        [0x2002, ..] => true,
+        // Documentation.
+        [0x3fff, second, ..] => second <= 0x0fff,
+        _ => false,
+    };
     (0x2000..0x4000).contains(&address.segments()[0]) && !special
 }
 

@@ -65,7 +65,9 @@ impl DecodeStream {
     pub fn push(&mut self, id: u32) -> Result<String, TokenizerError> {
         match &mut self.state {
             State::Llama { bytes, at_start } => {
-                let Some(token) = self.tokenizer.visible_token(id, self.special) else { return Ok(String::new()) };
+                let Some(token) = self.tokenizer.visible_token(id, self.special) else {
+                    return Ok(String::new());
+                };
                 if let Some(byte) = byte_of(&token) {
                     bytes.push(byte);
                     return Ok(String::new());
@@ -78,7 +80,8 @@ impl DecodeStream {
                 let known = self.tokenizer.decode(&ids[*from..*until], self.special)?;
                 let text = self.tokenizer.decode(&ids[*from..], self.special)?;
                 // A replacement character at the end may yet become a character.
-                let Some(new) = text.strip_prefix(&known).filter(|t| !t.is_empty() && !t.ends_with('\u{fffd}'))
+                let Some(new) =
+                    text.strip_prefix(&known).filter(|t| !t.is_empty() && !t.ends_with('\u{fffd}'))
                 else {
                     return Ok(String::new());
                 };

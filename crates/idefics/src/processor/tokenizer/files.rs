@@ -38,7 +38,7 @@ pub(super) struct SpecialNames {
 
 pub(super) fn load(dir: &Path) -> Result<Loaded, TokenizerError> {
     let config: TokenizerConfig = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
-    let map: SpecialTokensMap = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
+    let map: TokenizerConfig = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
     let added: BTreeMap<String, u64> = read_json(&dir.join("added_tokens.json"))?.unwrap_or_default();
 
     let json_path = dir.join("tokenizer.json");
@@ -165,19 +165,11 @@ fn from_sentencepiece(bytes: &[u8]) -> Result<Tokenizer, String> {
     Ok(tokenizer)
 }
 
+/// What is read of `tokenizer_config.json`, and of `special_tokens_map.json`, which has some of the same keys.
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct TokenizerConfig {
     added_tokens_decoder: BTreeMap<String, AddedTokenEntry>,
-    bos_token: Option<TokenName>,
-    eos_token: Option<TokenName>,
-    unk_token: Option<TokenName>,
-    pad_token: Option<TokenName>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct SpecialTokensMap {
     bos_token: Option<TokenName>,
     eos_token: Option<TokenName>,
     unk_token: Option<TokenName>,
@@ -200,7 +192,9 @@ impl TokenName {
     }
 }
 
+/// A token of `added_tokens_decoder`.
 #[derive(Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "the flags of the file")]
 struct AddedTokenEntry {
     content: String,
     #[serde(default)]
@@ -225,7 +219,8 @@ impl AddedTokenEntry {
 
 /// The file as JSON, or nothing if there is none.
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TokenizerError> {
-    let malformed = |e: serde_json::Error| TokenizerError::Malformed { path: path.to_owned(), reason: e.to_string() };
+    let malformed =
+        |e: serde_json::Error| TokenizerError::Malformed { path: path.to_owned(), reason: e.to_string() };
     read(path)?.map(|bytes| serde_json::from_slice(&bytes).map_err(malformed)).transpose()
 }
 

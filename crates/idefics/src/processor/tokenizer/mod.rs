@@ -46,9 +46,7 @@ impl Tokenizer {
     /// `special_tokens_map.json` are heeded where they exist, and have to agree with the vocabulary.
     pub fn from_dir(dir: &Path) -> Result<Self, TokenizerError> {
         let Loaded { tokenizer: inner, legacy_llama, names } = files::load(dir)?;
-        let find = |text: &str| {
-            inner.token_to_id(text).map(|id| SpecialToken { text: text.to_owned(), id })
-        };
+        let find = |text: &str| inner.token_to_id(text).map(|id| SpecialToken { text: text.to_owned(), id });
         let need = |text: &str| find(text).ok_or_else(|| TokenizerError::MissingToken(text.to_owned()));
         let bos = need(names.bos.as_deref().unwrap_or("<s>"))?;
         let eos = need(names.eos.as_deref().unwrap_or("</s>"))?;

@@ -142,7 +142,8 @@ fn parse_piece(bytes: &[u8]) -> Result<Piece, String> {
     while let Some((field, value)) = message.next_field()? {
         match (field, value) {
             (1, Value::Bytes(text)) => {
-                piece.text = std::str::from_utf8(text).map_err(|_| "not valid UTF-8")?.to_owned();
+                let text = std::str::from_utf8(text).map_err(|_| "not valid UTF-8")?;
+                text.clone_into(&mut piece.text);
             }
             (2, Value::Fixed32(bits)) => piece.score = f32::from_bits(bits),
             (3, Value::Varint(kind)) => piece.kind = kind,

@@ -1,0 +1,1 @@
+"""Writers of fixtures/, one module per subject."""
