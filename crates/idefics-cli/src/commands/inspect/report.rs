@@ -195,7 +195,9 @@ impl fmt::Display for Report {
         }
         if !self.special_tokens.is_empty() {
             writeln!(f, "\nadded tokens")?;
-            for (token, id) in &self.special_tokens {
+            let mut tokens: Vec<_> = self.special_tokens.iter().collect();
+            tokens.sort_by_key(|(_, id)| **id);
+            for (token, id) in tokens {
                 writeln!(f, "  {id:>6}  {}", token.escape_debug())?;
             }
         }
@@ -251,7 +253,7 @@ impl Report {
         )?;
         writeln!(
             f,
-            "  gated      {} cross-attention blocks, one before every {} layers, query and key norms {}, gates by {}",
+            "  gated      {} cross-attention blocks (interval {}), query and key norms {}, gates by {}",
             config.num_cross_layers(),
             config.cross_layer_interval,
             on(config.qk_layer_norms),
