@@ -171,10 +171,13 @@ unsafe impl Packed for Q8Format {
         unsafe {
             let scale = _mm512_set1_ps(*row.scales.add(at / STEP));
             let codes = row.codes.add(at).cast::<__m128i>();
-            std::array::from_fn(|i| {
+            // Not a closure: one that is not inlined would compile without AVX-512.
+            let mut out = [_mm512_setzero_ps(); 4];
+            for (i, out) in out.iter_mut().enumerate() {
                 let codes = _mm512_cvtepi8_epi32(_mm_loadu_si128(codes.add(i)));
-                _mm512_mul_ps(_mm512_cvtepi32_ps(codes), scale)
-            })
+                *out = _mm512_mul_ps(_mm512_cvtepi32_ps(codes), scale);
+            }
+            out
         }
     }
 
@@ -212,7 +215,14 @@ unsafe impl<F: Packed> Dot for PackedWidened<F> {
     #[inline(always)]
     unsafe fn load_x(from: *const f32) -> Self::XV {
         // SAFETY: same contract.
-        unsafe { std::array::from_fn(|i| _mm512_loadu_ps(from.add(16 * i))) }
+        unsafe {
+            [
+                _mm512_loadu_ps(from),
+                _mm512_loadu_ps(from.add(16)),
+                _mm512_loadu_ps(from.add(32)),
+                _mm512_loadu_ps(from.add(48)),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn load_x_head(_: *const f32, _: usize) -> Self::XV {

@@ -273,7 +273,11 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
         let mut sums = [[D::zero(); NR]; MR];
         let mut at = 0;
         while at + D::STEP <= k {
-            let wv: [D::WV; NR] = std::array::from_fn(|j| D::load_w(w[j], at));
+            // Not a closure: one that is not inlined would compile without the instruction set.
+            let mut wv = [D::load_w(w[0], at); NR];
+            for j in 1..NR {
+                wv[j] = D::load_w(w[j], at);
+            }
             for i in 0..MR {
                 let xv = D::load_x(x[i].add(at));
                 for j in 0..NR {
@@ -290,6 +294,12 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
                 }
             }
         }
-        std::array::from_fn(|i| std::array::from_fn(|j| D::sum(sums[i][j])))
+        let mut out = [[0.0; NR]; MR];
+        for i in 0..MR {
+            for j in 0..NR {
+                out[i][j] = D::sum(sums[i][j]);
+            }
+        }
+        out
     }
 }
