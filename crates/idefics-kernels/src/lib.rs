@@ -18,6 +18,7 @@ pub mod elementwise;
 mod isa;
 pub mod linear;
 mod math;
+pub mod nested;
 pub mod nf4;
 pub mod norm;
 mod parallel;

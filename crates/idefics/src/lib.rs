@@ -11,6 +11,7 @@ pub mod model;
 pub mod ops;
 mod pretrained;
 pub mod processor;
+pub mod quantize;
 
 pub use pretrained::{ComputeType, Idefics, LoadError, LoadOptions};
 pub use processor::{Processor, Prompt, Segment, SequenceInputs};

@@ -9,6 +9,7 @@ use crate::{
     generate::{Row, StepModel},
     model::{Model, ModelError, OtherSizes, SequenceCache},
     ops::{Compute, Context, Isa},
+    quantize::{QuantizeError, Recipe, quantize_weights},
 };
 
 /// What the factors of matrix products are rounded to.
@@ -33,6 +34,8 @@ pub struct LoadOptions {
     pub other_sizes: OtherSizes,
     /// The instruction tier; the strongest of this processor if none is named.
     pub isa: Option<Isa>,
+    /// Packs the weights in memory while the model is loaded, if asked to.
+    pub quantize: Option<Recipe>,
 }
 
 /// Why a model could not be opened.
@@ -41,6 +44,9 @@ pub enum LoadError {
     /// The files are missing, broken or do not fit together.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The weights cannot be quantized.
+    #[error(transparent)]
+    Quantize(#[from] QuantizeError),
     /// The weights do not make the model that the configuration describes.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -63,12 +69,15 @@ impl Idefics {
     }
 
     /// Builds the model of an opened checkpoint.
-    pub fn from_checkpoint(checkpoint: Checkpoint, options: &LoadOptions) -> Result<Self, LoadError> {
+    pub fn from_checkpoint(mut checkpoint: Checkpoint, options: &LoadOptions) -> Result<Self, LoadError> {
         let compute = match options.compute {
             ComputeType::F32 => Compute::F32,
             ComputeType::Bf16 => Compute::Bf16,
             ComputeType::Auto => compute_type_of(&checkpoint.weights),
         };
+        if let Some(recipe) = &options.quantize {
+            quantize_weights(&mut checkpoint.weights, recipe)?;
+        }
         let ctx = Context { isa: options.isa.unwrap_or_else(Isa::best), compute };
         let model =
             Model::new(checkpoint.config, &checkpoint.weights, ctx)?.with_other_sizes(options.other_sizes);
@@ -112,7 +121,7 @@ impl StepModel for Idefics {
     }
 }
 
-/// bf16 if that is what most of the numbers are stored as.
+/// bf16 if that is what most of the numbers are stored as that are not packed.
 fn compute_type_of(weights: &Weights) -> Compute {
     let elements = |of: fn(DType) -> bool| -> usize {
         weights.iter().filter(|(_, weight)| of(weight.dtype())).map(|(_, weight)| weight.len()).sum()
