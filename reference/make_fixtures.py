@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bitsandbytes  # noqa: E402
 import numpy  # noqa: E402
 import PIL  # noqa: E402
 import sentencepiece  # noqa: E402
@@ -37,6 +38,7 @@ from idefics_fixtures import (  # noqa: E402
     llama_vectors,
     pictures,
     prompts,
+    quantized,
     tiny,
     warpers,
 )
@@ -47,6 +49,8 @@ WRITERS = {
     "llama_tokenizer.json": "llama_vectors.py",
     "processor/": "pictures.py",
     "prompts.json": "prompts.py",
+    "quantize.json": "quantized.py",
+    "tiny-nf4": "quantized.py",
     "warpers.json": "warpers.py",
     "generation.json": "generation.py",
     "expected.safetensors": "activations.py",
@@ -65,6 +69,8 @@ def write_all() -> None:
         activations.write_activations(checkpoint)
         generation.write_generation(checkpoint)
     prompts.write_prompts(tinies)
+    quantized.write_quantize()
+    quantized.write_tiny_nf4()
     write_manifest()
 
 
@@ -77,7 +83,7 @@ def write_manifest() -> None:
             writer = next(writer for part, writer in WRITERS.items() if part in name)
             digest = common.sha256(path.read_bytes())
             files[name] = {"sha256": digest, "generator": f"reference/idefics_fixtures/{writer}"}
-    modules = (torch, transformers, tokenizers, sentencepiece, numpy, PIL)
+    modules = (torch, transformers, tokenizers, sentencepiece, numpy, PIL, bitsandbytes)
     versions = {module.__name__: module.__version__.split("+")[0] for module in modules}
     common.write_json(common.FIXTURES / "manifest.json", {
         "command": "python reference/make_fixtures.py",

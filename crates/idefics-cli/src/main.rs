@@ -31,6 +31,7 @@ enum Command {
     Classify(commands::classify::Args),
     Score(commands::score::Args),
     Inspect(commands::inspect::Args),
+    Quantize(commands::quantize::Args),
     Download(commands::download::Args),
 }
 
@@ -42,6 +43,7 @@ fn main() -> std::process::ExitCode {
         Command::Classify(args) => commands::classify::run(&args),
         Command::Score(args) => commands::score::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Quantize(args) => commands::quantize::run(&args),
         Command::Download(args) => commands::download::run(&args),
     };
     match result {

@@ -7,9 +7,10 @@ use clap::ValueEnum;
 use idefics::{
     ComputeType, Idefics, LoadOptions, Processor,
     processor::{AddEndOfUtterance, ExifOrientation, FetchPolicy, ImageLimits, ProcessOptions},
+    quantize::Recipe,
 };
 
-use crate::progress::resolve_model;
+use crate::{commands::quantize::FormatName, progress::resolve_model};
 
 /// The model and its processor.
 #[derive(Debug, clap::Args)]
@@ -22,6 +23,10 @@ pub(crate) struct ModelArgs {
     /// What products are computed in; `auto` follows the checkpoint
     #[arg(long, value_enum, default_value = "auto")]
     dtype: Dtype,
+
+    /// Pack the weights of the text model and the gated blocks in memory while loading
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    quantize: Option<FormatName>,
 
     /// Threads to compute with [default: all processors]
     #[arg(long, value_name = "N")]
@@ -113,7 +118,8 @@ impl ModelArgs {
         let in_directory = || format!("model {}", directory.display());
         // The processor is small and most often what is missing, so it goes first.
         let processor = Processor::from_pretrained(&directory).with_context(in_directory)?;
-        let options = LoadOptions { compute, ..LoadOptions::default() };
+        let quantize = self.quantize.map(|format| Recipe::new(format.plain()));
+        let options = LoadOptions { compute, quantize, ..LoadOptions::default() };
         let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
         Ok(Loaded { model, processor, options: self.process_options() })
     }

@@ -92,7 +92,7 @@ fn text_for_people() {
     }
     assert!(!text.contains("model.norm.weight"));
     let keys = String::from_utf8(inspect(&model(Golden::A), &["--keys"]).stdout).unwrap();
-    assert!(keys.contains("f32   model.norm.weight  [16]"), "{keys}");
+    assert!(keys.contains("f32     model.norm.weight  [16]"), "{keys}");
 }
 
 #[test]

@@ -78,7 +78,7 @@ static DYNAMIC_MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
         let power = 10f64.powi(exponent - 6) as f32;
         let ends = linspace(0.1, 1.0, (1 << exponent) + 1);
         for pair in ends.windows(2) {
-            let middle = power * ((pair[0] + pair[1]) / 2.0);
+            let middle = power * f32::midpoint(pair[0], pair[1]);
             values.extend([middle, -middle]);
         }
     }
@@ -130,7 +130,9 @@ fn cascade<const N: usize, const COLUMNS: usize>(rows: &[[[f32; N]; COLUMNS]]) -
     };
     let whole = rows.len() / step;
     for (index, run) in rows.chunks_exact(step).enumerate() {
-        run.iter().for_each(|row| add_all(&mut levels[0], row));
+        for row in run {
+            add_all(&mut levels[0], row);
+        }
         let done = (index + 1) * step;
         for level in 1..LEVELS {
             let below = std::mem::replace(&mut levels[level - 1], [[0.0; N]; COLUMNS]);
@@ -140,9 +142,13 @@ fn cascade<const N: usize, const COLUMNS: usize>(rows: &[[[f32; N]; COLUMNS]]) -
             }
         }
     }
-    rows[whole * step..].iter().for_each(|row| add_all(&mut levels[0], row));
+    for row in &rows[whole * step..] {
+        add_all(&mut levels[0], row);
+    }
     let [mut total, upper @ ..] = levels;
-    upper.iter().for_each(|level| add_all(&mut total, level));
+    for level in &upper {
+        add_all(&mut total, level);
+    }
     total
 }
 

@@ -106,8 +106,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 fn describe(report: &mut Report, checkpoint: &Checkpoint, args: &Args) -> anyhow::Result<()> {
     report.add_weights(checkpoint)?;
     if args.keys {
-        report.tensors =
-            Some(checkpoint.weights.iter().map(|(name, weight)| TensorReport::new(name, weight)).collect());
+        let weights = &checkpoint.weights;
+        let dense = weights.iter().map(|(name, weight)| TensorReport::new(name, weight));
+        let packed = weights.iter_packed().map(|(name, weight)| TensorReport::packed(name, weight));
+        let mut tensors: Vec<_> = dense.chain(packed).collect();
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        report.tensors = Some(tensors);
     }
     if args.check_values || report.weight_bytes() < SMALL_MODEL {
         let values = check_values(&checkpoint.weights, report.weight_bytes());
@@ -126,13 +130,15 @@ fn check_values(weights: &Weights, bytes: u64) -> ValuesReport {
     // A moment's work needs no bar.
     let mut progress = (bytes > SMALL_MODEL / 8).then(|| ByteProgress::start("checking values", 0, bytes));
     let mut not_finite = BTreeMap::new();
-    for (name, weight) in weights.iter() {
-        let found = weight.count_non_finite();
+    let dense = weights.iter().map(|(name, weight)| (name, weight.count_non_finite(), weight.bytes().len()));
+    let packed =
+        weights.iter_packed().map(|(name, weight)| (name, weight.count_non_finite(), weight.num_bytes()));
+    for (name, found, bytes) in dense.chain(packed) {
         if !found.is_none() {
             not_finite.insert(name.to_owned(), found);
         }
         if let Some(progress) = &mut progress {
-            progress.advance(weight.bytes().len() as u64);
+            progress.advance(bytes as u64);
         }
     }
     if let Some(progress) = progress {

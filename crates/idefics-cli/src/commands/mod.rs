@@ -6,4 +6,5 @@ pub(crate) mod classify;
 pub(crate) mod download;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod quantize;
 pub(crate) mod score;

@@ -103,13 +103,16 @@ fn compare(weights: &Weights, unsound: Vec<(String, PackedError)>, config: &Idef
                 let got = weight.shape().to_vec();
                 mismatch.wrong_shape.push(WrongShape { name: name.clone(), expected, got });
             }
-            Some(_) if is_packed && Part::of_linear(&name).is_none() => mismatch.not_linear.push(name.clone()),
+            Some(_) if is_packed && Part::of_linear(&name).is_none() => {
+                mismatch.not_linear.push(name.clone())
+            }
             Some(_) => {}
         }
         known.insert(name);
     }
     let dense = weights.iter().map(|(name, _)| name);
-    let unexpected = dense.chain(weights.iter_packed().map(|(name, _)| name)).filter(|name| !known.contains(*name));
+    let unexpected =
+        dense.chain(weights.iter_packed().map(|(name, _)| name)).filter(|name| !known.contains(*name));
     mismatch.unexpected = unexpected.map(str::to_owned).collect();
     mismatch.unexpected.sort();
     mismatch
@@ -137,7 +140,10 @@ impl fmt::Display for Mismatch {
         }
         if !self.not_linear.is_empty() {
             let names = name_list(&self.not_linear);
-            parts.push(format!("{} packed, though no linear layer reads them: {names}", self.not_linear.len()));
+            parts.push(format!(
+                "{} packed, though no linear layer reads them: {names}",
+                self.not_linear.len()
+            ));
         }
         if !self.unsound.is_empty() {
             let mut ways: BTreeMap<String, Vec<&str>> = BTreeMap::new();

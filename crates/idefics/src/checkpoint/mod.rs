@@ -210,9 +210,8 @@ pub(crate) const Q8_METHOD: &str = "idefics_q8";
 
 /// How the configuration says that weights are packed; a way that is not supported is an error that names it.
 fn scheme(directory: &Path, config: &IdeficsConfig) -> Result<Option<Scheme>, CheckpointError> {
-    let refuse = |file: &str, method: String| {
-        Err(CheckpointError::Quantized { path: directory.join(file), method })
-    };
+    let refuse =
+        |file: &str, method: String| Err(CheckpointError::Quantized { path: directory.join(file), method });
     let Some(quantization) = &config.quantization_config else {
         if directory.join("quantize_config.json").exists() {
             return refuse("quantize_config.json", "GPTQ or AWQ".to_owned());
@@ -230,7 +229,9 @@ fn scheme(directory: &Path, config: &IdeficsConfig) -> Result<Option<Scheme>, Ch
     match quantization.bnb_4bit_quant_type.as_deref().unwrap_or("fp4") {
         _ if quantization.load_in_8bit => refuse("config.json", format!("{method} in 8 bits")),
         "nf4" if quantization.load_in_4bit => Ok(Some(Scheme::Nf4)),
-        _ if !quantization.load_in_4bit => refuse("config.json", format!("{method}, neither in 4 nor in 8 bits")),
+        _ if !quantization.load_in_4bit => {
+            refuse("config.json", format!("{method}, neither in 4 nor in 8 bits"))
+        }
         kind => refuse("config.json", format!("{method} {}", header::printable(kind))),
     }
 }

@@ -183,10 +183,11 @@ impl PackedWeight {
     /// Counts the scales that are not finite; each spoils a block.
     pub fn count_non_finite(&self) -> NonFinite {
         match self {
-            Self::Nf4(Nf4Weight { scales: Nf4Scales::Plain(scales), .. }) | Self::Q8(Q8Weight { scales, .. }) => {
-                scales.count_non_finite()
+            Self::Nf4(Nf4Weight { scales: Nf4Scales::Plain(scales), .. })
+            | Self::Q8(Q8Weight { scales, .. }) => scales.count_non_finite(),
+            Self::Nf4(Nf4Weight { scales: Nf4Scales::Nested { absmax, .. }, .. }) => {
+                absmax.count_non_finite()
             }
-            Self::Nf4(Nf4Weight { scales: Nf4Scales::Nested { absmax, .. }, .. }) => absmax.count_non_finite(),
         }
     }
 

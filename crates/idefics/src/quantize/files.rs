@@ -42,7 +42,8 @@ pub(super) fn write_whole<T>(
     check: impl FnOnce(&Path) -> Result<T, QuantizeError>,
 ) -> Result<T, QuantizeError> {
     let partial = partial_path(path);
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(&partial).map_err(io_error("create", &partial))?);
+    let mut file =
+        BufWriter::with_capacity(1 << 20, File::create(&partial).map_err(io_error("create", &partial))?);
     write(&mut file)?;
     let file = file.into_inner().map_err(|error| io_error("write", &partial)(error.into_error()))?;
     file.sync_all().map_err(io_error("write", &partial))?;
@@ -70,7 +71,12 @@ fn sync_directory(directory: &Path) -> Result<(), QuantizeError> {
 
 /// Copies tokenizer, processor and generation files, then writes the configuration: without it a directory is
 /// no model, so it comes last.
-pub(super) fn write_side_files(from: &Path, to: &Path, recipe: &Recipe, dtype: DType) -> Result<(), QuantizeError> {
+pub(super) fn write_side_files(
+    from: &Path,
+    to: &Path,
+    recipe: &Recipe,
+    dtype: DType,
+) -> Result<(), QuantizeError> {
     for name in COPIED {
         let source = from.join(name);
         if !source.is_file() {
@@ -123,5 +129,8 @@ pub(super) fn available_bytes(directory: &Path) -> Option<u64> {
     #[cfg(unix)]
     return rustix::fs::statvfs(directory).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize));
     #[cfg(not(unix))]
-    return { _ = directory; None };
+    return {
+        _ = directory;
+        None
+    };
 }

@@ -48,7 +48,11 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Lays the weights of a checkpoint out in files of about `max_shard_bytes`.
-    pub(super) fn new(checkpoint: &Checkpoint, recipe: &Recipe, max_shard_bytes: u64) -> Result<Self, QuantizeError> {
+    pub(super) fn new(
+        checkpoint: &Checkpoint,
+        recipe: &Recipe,
+        max_shard_bytes: u64,
+    ) -> Result<Self, QuantizeError> {
         let weights = &checkpoint.weights;
         let tied = checkpoint.config.tie_word_embeddings;
         let mut groups: Vec<Vec<Entry>> = Vec::new();
@@ -78,7 +82,9 @@ impl Plan {
         let count = groups.len();
         let shard = |(index, mut entries): (usize, Vec<Entry>)| {
             // Packed weights first, as they keep their alignment; then by falling element size, which keeps it.
-            entries.sort_by_key(|entry| (entry.format.is_none(), std::cmp::Reverse(entry.source.dtype().size())));
+            entries.sort_by_key(|entry| {
+                (entry.format.is_none(), std::cmp::Reverse(entry.source.dtype().size()))
+            });
             let name = match count {
                 1 => "model.safetensors".to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
@@ -226,10 +232,12 @@ impl Entry {
     fn state(&self, offset: Option<f32>) -> String {
         let dtype = torch_name(self.source.dtype());
         let [n, k] = [self.source.shape()[0], self.source.shape()[1]];
-        let plain = format!(r#"{{"quant_type": "nf4", "blocksize": 64, "dtype": "{dtype}", "shape": [{n}, {k}]"#);
+        let plain =
+            format!(r#"{{"quant_type": "nf4", "blocksize": 64, "dtype": "{dtype}", "shape": [{n}, {k}]"#);
         let nested = match (self.format, offset) {
             (Some(Format::Nf4DoubleQuant), offset) => {
-                let number = offset.map_or(String::new(), |offset| Value::from(f64::from(offset)).to_string());
+                let number =
+                    offset.map_or(String::new(), |offset| Value::from(f64::from(offset)).to_string());
                 format!(r#", "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": {number}"#)
             }
             _ => String::new(),

@@ -87,7 +87,9 @@ impl State {
 
     /// Whether a file of this name is there with the bytes that were once verified.
     pub(super) fn is_finished(&self, directory: &Path, name: &str) -> Result<bool, QuantizeError> {
-        let Some(finished) = self.finished.iter().find(|finished| finished.name == name) else { return Ok(false) };
+        let Some(finished) = self.finished.iter().find(|finished| finished.name == name) else {
+            return Ok(false);
+        };
         let path = directory.join(name);
         match fs::metadata(&path) {
             Ok(metadata) if metadata.is_file() && metadata.len() == finished.bytes => {

@@ -42,10 +42,13 @@ fn reads_back(entry: &Entry, weights: &Weights) -> bool {
     let source = &entry.source;
     if entry.format.is_none() {
         return weights.get(&entry.name).is_some_and(|weight| {
-            weight.dtype() == source.dtype() && weight.shape() == source.shape() && weight.bytes() == source.bytes()
+            weight.dtype() == source.dtype()
+                && weight.shape() == source.shape()
+                && weight.bytes() == source.bytes()
         });
     }
-    let Some(packed) = weights.get_packed(&entry.name).filter(|packed| packed.shape() == *source.shape()) else {
+    let Some(packed) = weights.get_packed(&entry.name).filter(|packed| packed.shape() == *source.shape())
+    else {
         return false;
     };
     match packed {

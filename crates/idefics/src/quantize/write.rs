@@ -137,7 +137,16 @@ impl Quantizer {
     }
 }
 
-fn check_space(out: &Path, needed: u64) -> Result<(), QuantizeError> {
+#[cfg(test)]
+impl Quantizer {
+    /// Compares the only file of an output with the model.
+    pub(super) fn verify_file(&self, path: &Path) -> Result<(), QuantizeError> {
+        verify(path, &self.plan.shards[0], &mut |_| ())
+    }
+}
+
+/// An output that does not fit is not begun.
+pub(super) fn check_space(out: &Path, needed: u64) -> Result<(), QuantizeError> {
     match available_bytes(out) {
         Some(available) if available < needed => {
             Err(QuantizeError::NoSpace { path: out.to_owned(), needed, available })
