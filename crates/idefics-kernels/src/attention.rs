@@ -202,7 +202,7 @@ impl Unit<'_> {
                     keys[(start + (at + j).min(n - 1)) * width + column..][..dim].as_ptr()
                 });
                 // SAFETY: every pointer starts `dim` readable elements, by the slicing above.
-                let dots = unsafe { tile::<Widened<S, f32, E>, Q, 4>(queries, rows, dim) };
+                let dots = unsafe { tile::<Widened<S, f32, E>, Q, 4>(queries, rows, dim, None) };
                 for (q, dots) in dots.iter().enumerate() {
                     for (j, dot) in dots.iter().enumerate() {
                         if start + at + j < limit[q] && at + j < n {

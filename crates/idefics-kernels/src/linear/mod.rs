@@ -212,7 +212,7 @@ impl Job<'_> {
     {
         /// Rows of activations up to which weights are unpacked on their way into the products; for more, the
         /// unpacking is worth doing once.
-        const FUSED_ROWS: usize = 4;
+        const FUSED_ROWS: usize = 16;
         let has_pairs = self.isa.tier() == Tier::Avx512Bf16;
         let rounded = match compute {
             Compute::F32 => Vec::new(),
@@ -296,7 +296,7 @@ mod x86 {
 
     use super::{
         packed::{Packed, PackedPairs, PackedWidened},
-        tile::{DenseRows, Pairs, Panel, WeightRows, Widened, panel},
+        tile::{DenseRows, Pairs, Panel, WeightRows, Widened, packed_panel, panel},
     };
     use crate::simd::{Element, avx2::Avx2, avx512::Avx512};
 
@@ -321,7 +321,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     pub(super) unsafe fn packed_widened<F: Packed>(p: &Panel<'_, f32, &impl WeightRows<Row = F::Row>>) {
         // SAFETY: passed on.
-        unsafe { panel::<PackedWidened<F>, 4, 4>(p) }
+        unsafe { packed_panel::<PackedWidened<F>>(p) }
     }
 
     /// # Safety
@@ -329,7 +329,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     pub(super) unsafe fn packed_pairs<F: Packed>(p: &Panel<'_, bf16, &impl WeightRows<Row = F::Row>>) {
         // SAFETY: passed on.
-        unsafe { panel::<PackedPairs<F>, 4, 4>(p) }
+        unsafe { packed_panel::<PackedPairs<F>>(p) }
     }
 
     /// # Safety
