@@ -35,19 +35,21 @@ pub mod tolerance {
     pub const BLOCK: Tolerance = Tolerance { absolute: 2e-6, relative: 1e-5 };
 
     /// Intermediate activations of the tiny models in f32. Rounding differences of single blocks add up over
-    /// the vision tower, the perceiver and the layers; runs of the reference itself with another thread count
-    /// or another attention implementation stay within 1e-5.
-    pub const ACTIVATION: Tolerance = Tolerance { absolute: 2e-5, relative: 2e-5 };
+    /// the vision tower, the perceiver and the layers; the reference itself differs by up to 5.3e-6 between its
+    /// two attention implementations and by 3.4e-6 from its run in f64.
+    pub const ACTIVATION: Tolerance = Tolerance { absolute: 2e-5, relative: 1e-5 };
 
-    /// Logits and log-probabilities of the tiny models in f32, after everything that [`ACTIVATION`] covers.
-    pub const LOGITS: Tolerance = Tolerance { absolute: 5e-5, relative: 2e-5 };
+    /// Logits and log-probabilities of the tiny models in f32, after everything that [`ACTIVATION`] covers; the
+    /// reference differs by up to 4.8e-6 from its run in f64.
+    pub const LOGITS: Tolerance = Tolerance { absolute: 2e-5, relative: 1e-5 };
 
     /// Logits computed in bf16 against the f32 reference on the tiny models: 8 bits of mantissa are 0.4 % per
-    /// rounding, and every block rounds its outputs. Only catches gross errors; the real measure of bf16 is the
-    /// comparison of mean distances in `reference/compare_scores.py`.
-    pub const BF16_LOGITS: Tolerance = Tolerance { absolute: 0.15, relative: 0.05 };
+    /// rounding, and every block rounds its outputs; the reference's own largest distance is 0.122. Only catches
+    /// gross errors: the real measure of bf16 is the comparison of mean distances in
+    /// `reference/compare_scores.py`.
+    pub const BF16_LOGITS: Tolerance = Tolerance { absolute: 0.2, relative: 0.05 };
 
-    /// Processed scores of logits processors and warpers: one softmax or logarithm in f32 on 40 values.
+    /// Processed scores of logits processors and warpers: one softmax or logarithm in f32 on 30 values.
     pub const SCORES: Tolerance = Tolerance { absolute: 2e-6, relative: 2e-6 };
 
     /// Sums of log-probabilities over a generation: up to 16 terms, each within [`LOGITS`].

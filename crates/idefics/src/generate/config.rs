@@ -7,7 +7,10 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use super::GenerateError;
-use crate::config::{IdeficsConfig, TokenIds};
+use crate::{
+    checkpoint::GenerationConfigFile,
+    config::{IdeficsConfig, TokenIds},
+};
 
 /// Length of an answer when no length is set.
 pub const DEFAULT_NEW_TOKENS: usize = 20;
@@ -201,28 +204,35 @@ impl GenerationConfig {
     /// Reads a `generation_config.json`. Unknown keys are tolerated, and `null` means the default, as older
     /// versions of transformers write it.
     pub fn from_json(text: &str) -> Result<Self, GenerateError> {
-        let mut value: serde_json::Value = serde_json::from_str(text)?;
+        Self::default().with_json(serde_json::from_str(text)?)
+    }
+
+    /// The same options with those of a JSON object in their place; `null` changes nothing.
+    pub fn with_json(&self, changes: serde_json::Value) -> Result<Self, GenerateError> {
+        let mut value = serde_json::to_value(self)?;
+        let serde_json::Value::Object(changes) = changes else {
+            return Err(serde_json::Error::custom("expected a JSON object").into());
+        };
         if let Some(fields) = value.as_object_mut() {
+            fields.extend(changes.into_iter().filter(|(_, field)| !field.is_null()));
             fields.retain(|_, field| !field.is_null());
         }
         Ok(serde_json::from_value(value)?)
     }
 
-    /// The defaults of a checkpoint: its `generation_config.json` where there is one, with the special tokens of
-    /// its `config.json` where that leaves them open.
+    /// The defaults of a checkpoint: its `generation_config.json`, with the special tokens of its `config.json`
+    /// where that leaves them open.
     pub fn from_checkpoint(
         model: &IdeficsConfig,
-        generation_json: Option<&str>,
+        file: &GenerationConfigFile,
     ) -> Result<Self, GenerateError> {
-        let mut config = generation_json.map(Self::from_json).transpose()?.unwrap_or_default();
+        // Both have Hugging Face's names.
+        let mut config = Self::default().with_json(serde_json::to_value(file)?)?;
         config.bos_token_id = config.bos_token_id.or(model.bos_token_id);
         config.pad_token_id = config.pad_token_id.or(model.pad_token_id);
         if config.eos_token_ids.is_empty() {
-            config.eos_token_ids = match &model.eos_token_id {
-                None => Vec::new(),
-                Some(TokenIds::One(id)) => vec![*id],
-                Some(TokenIds::Many(ids)) => ids.clone(),
-            };
+            let eos = model.eos_token_id.as_ref().map(TokenIds::as_slice);
+            config.eos_token_ids = eos.unwrap_or_default().to_vec();
         }
         Ok(config)
     }
@@ -497,10 +507,7 @@ fn number(
 }
 
 fn one_or_many_ids<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u32>, D::Error> {
-    Ok(match TokenIds::deserialize(deserializer)? {
-        TokenIds::One(id) => vec![id],
-        TokenIds::Many(ids) => ids,
-    })
+    Ok(TokenIds::deserialize(deserializer)?.as_slice().to_vec())
 }
 
 fn one_or_many_strings<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
@@ -593,6 +600,25 @@ mod tests {
         assert_eq!(config.exponential_decay_length_penalty, Some((5, 1.5)));
         let again = GenerationConfig::from_json(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config, "what is written is read back");
+    }
+
+    #[test]
+    fn a_checkpoint_s_proposals_hold_and_its_special_tokens_fill_the_gaps() {
+        let file = |json: &str| serde_json::from_str::<GenerationConfigFile>(json).unwrap();
+        let model = IdeficsConfig::default();
+        let config = GenerationConfig::from_checkpoint(&model, &file("{}")).unwrap();
+        assert_eq!((config.bos_token_id, config.pad_token_id), (Some(1), Some(0)));
+        assert_eq!(config.eos_token_ids, [2]);
+        let json = r#"{"eos_token_id": [2, 32002], "temperature": 0.7, "encoder_repetition_penalty": 1.5,
+            "early_stopping": "never", "stop_strings": "x", "transformers_version": "5"}"#;
+        let config = GenerationConfig::from_checkpoint(&model, &file(json)).unwrap();
+        assert_eq!(config.eos_token_ids, [2, 32002]);
+        assert_eq!((config.temperature, config.encoder_repetition_penalty), (0.7, 1.5));
+        assert_eq!(
+            (config.early_stopping, config.stop_strings),
+            (EarlyStopping::Never, vec!["x".to_owned()])
+        );
+        assert!(GenerationConfig::default().with_json(serde_json::json!([1])).is_err());
     }
 
     #[test]

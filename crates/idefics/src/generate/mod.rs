@@ -7,6 +7,7 @@ mod beam;
 mod config;
 mod engine;
 mod error;
+mod facade;
 mod group;
 mod lane;
 mod logits_processor;

@@ -10,6 +10,7 @@ use super::{
     GenerationConfig,
     stopping::{StopMatch, StopStrings},
 };
+use crate::processor::{Processor, SpecialTokenText, Tokenizer};
 
 /// Turns token ids into text.
 pub trait Decode {
@@ -19,6 +20,20 @@ pub trait Decode {
     /// Whether a token is one of those that `skip_special` leaves out.
     fn is_special(&self, token_id: u32) -> bool {
         self.decode(&[token_id], true).is_empty() && !self.decode(&[token_id], false).is_empty()
+    }
+}
+
+impl Decode for Tokenizer {
+    fn decode(&self, token_ids: &[u32], skip_special: bool) -> String {
+        let special = if skip_special { SpecialTokenText::Skip } else { SpecialTokenText::Keep };
+        // No decoder of the published tokenizers fails on ids; one that does shows it in the text.
+        self.decode(token_ids, special).unwrap_or_else(|_| char::REPLACEMENT_CHARACTER.to_string())
+    }
+}
+
+impl Decode for Processor {
+    fn decode(&self, token_ids: &[u32], skip_special: bool) -> String {
+        Decode::decode(self.tokenizer().as_ref(), token_ids, skip_special)
     }
 }
 

@@ -3,6 +3,7 @@
 //! Reference: transformers `image_processing_pil_idefics.py` (`IdeficsImageProcessorPil`), which keeps the
 //! numerics of the published results: 8-bit bicubic resize to the exact size, then `x·rescale_factor` in float64
 //! rounded to float32, then `(x − mean) / std` in float32. `[h, w, 3] u8 -> [3, height, width] f32`.
+//! Switches (`do_resize`, `do_rescale`, `do_normalize`) are honoured; releases before 4.52 always rescaled.
 //! As every sample is one of 256 values, the arithmetic is done once per value and channel.
 
 use std::{fs, path::Path};
@@ -12,7 +13,7 @@ use serde::Deserialize;
 use super::{PixelValues, decode::RgbImage, error::ProcessorError, resize::resize_bicubic};
 
 /// Largest side that a configuration may ask for.
-const MAX_IMAGE_SIDE: usize = 1 << 14;
+const MAX_IMAGE_SIDE: usize = 1 << 12;
 /// Pillow's number for bicubic resampling.
 const PIL_BICUBIC: u64 = 3;
 
@@ -133,7 +134,7 @@ struct PreprocessorConfig {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "image size: expected a number or an object with `height` and `width`")]
 enum Size {
     Side(usize),
     Sides { height: usize, width: usize },
@@ -240,10 +241,10 @@ mod tests {
         let cases = [
             (r#"{"image_num_channels": 1}"#, "image_num_channels: expected 3, got 1"),
             (r#"{"resample": 2}"#, "resample: expected 3 (bicubic), got 2"),
-            (r#"{"image_size": 0}"#, "image size: expected sides from 1 to 16384, got 0x0"),
+            (r#"{"image_size": 0}"#, "image size: expected sides from 1 to 4096, got 0x0"),
             (
                 r#"{"image_size": 99999999}"#,
-                "image size: expected sides from 1 to 16384, got 99999999x99999999",
+                "image size: expected sides from 1 to 4096, got 99999999x99999999",
             ),
             (r#"{"image_mean": [0.5]}"#, "image_mean: expected 3 values, got 1"),
             (r#"{"image_std": [0.5, 0, 1]}"#, "image_std: expected values other than 0"),
@@ -251,7 +252,10 @@ mod tests {
         for (json, expected) in cases {
             assert_eq!(ImageProcessor::from_json(json).unwrap_err(), expected);
         }
-        assert!(ImageProcessor::from_json(r#"{"image_size": "big"}"#).is_err());
+        for json in [r#"{"image_size": "big"}"#, r#"{"size": {"shortest_edge": 224}}"#] {
+            let error = ImageProcessor::from_json(json).unwrap_err();
+            assert!(error.starts_with("image size: expected a number or an object"), "{error}");
+        }
         assert!(ImageProcessor::from_json("[").is_err());
     }
 }

@@ -23,7 +23,10 @@ pub fn load_image(
         ImageSource::Bytes(bytes) => Cow::Borrowed(bytes.as_ref()),
         ImageSource::Path(path) => Cow::Owned(read_file(path, limits.max_bytes)?),
         ImageSource::DataUri(uri) => Cow::Owned(decode_data_uri(uri, limits.max_bytes)?),
-        ImageSource::Url(url) => Cow::Owned(fetch(url, policy)?),
+        ImageSource::Url(url) => {
+            let max_bytes = policy.max_bytes.min(limits.max_bytes);
+            Cow::Owned(fetch(url, &FetchPolicy { max_bytes, ..policy.clone() })?)
+        }
     };
     decode(&bytes, limits, orientation).map(Arc::new)
 }

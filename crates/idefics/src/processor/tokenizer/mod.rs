@@ -39,6 +39,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     legacy_llama: bool,
     special_tokens: SpecialTokens,
+    id_bound: u32,
 }
 
 impl Tokenizer {
@@ -62,7 +63,8 @@ impl Tokenizer {
             image: need(IMAGE_TOKEN)?,
             end_of_utterance: find(END_OF_UTTERANCE),
         };
-        Ok(Self { inner, legacy_llama, special_tokens })
+        let id_bound = inner.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1));
+        Ok(Self { inner, legacy_llama, special_tokens, id_bound })
     }
 
     /// The tokens that have a meaning of their own.
@@ -78,6 +80,11 @@ impl Tokenizer {
     /// Number of tokens, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
+    }
+
+    /// One more than the largest id: the rows that the model's embedding must have at least.
+    pub fn id_bound(&self) -> u32 {
+        self.id_bound
     }
 
     /// The id of a token.
