@@ -1,8 +1,17 @@
 //! The command `idefics`: one file per subcommand under `commands/`.
 
+mod cancel;
 mod commands;
+mod continuation;
+mod counter;
+mod images;
+mod model;
+mod options;
 mod output;
 mod progress;
+mod prompts;
+mod task;
+mod templates;
 
 use clap::{Parser, Subcommand};
 
@@ -16,12 +25,22 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Generate(Box<commands::generate::Args>),
+    Caption(Box<commands::caption::Args>),
+    Ask(Box<commands::ask::Args>),
+    Classify(commands::classify::Args),
+    Score(commands::score::Args),
     Inspect(commands::inspect::Args),
     Download(commands::download::Args),
 }
 
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Caption(args) => commands::caption::run(&args),
+        Command::Ask(args) => commands::ask::run(&args),
+        Command::Classify(args) => commands::classify::run(&args),
+        Command::Score(args) => commands::score::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Download(args) => commands::download::run(&args),
     };

@@ -1,0 +1,45 @@
+//! `idefics caption`: a line about each picture.
+
+use serde_json::json;
+
+use crate::{
+    images::{self, Record, RecordArgs},
+    model::ModelArgs,
+    options::GenerationArgs,
+    task::{TaskAnswer, answer_images},
+    templates::Task,
+};
+
+/// Describe pictures
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  idefics caption -m HuggingFaceM4/idefics-9b-instruct photos/ --output captions.csv"
+)]
+pub(crate) struct Args {
+    /// Image files, addresses, or directories of image files
+    #[arg(required = true, value_name = "IMAGE|DIR")]
+    images: Vec<String>,
+
+    #[command(flatten)]
+    records: RecordArgs,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    generation: GenerationArgs,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let images = images::expand(&args.images)?;
+    let loaded = args.model.load()?;
+    let record = |image: &str, answer: &TaskAnswer| Record {
+        fields: vec![
+            ("image", json!(image)),
+            ("caption", json!(answer.text)),
+            ("finish_reason", json!(answer.finish_reason)),
+        ],
+        text: answer.text.clone(),
+    };
+    answer_images(&args.records, &loaded, &args.generation, &Task::Caption, &images, record)
+}

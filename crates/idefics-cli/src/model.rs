@@ -1,0 +1,147 @@
+//! Flags that every model command shares: which model, how it computes, how prompts become its inputs.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use idefics::{
+    ComputeType, Idefics, LoadOptions, Processor,
+    processor::{AddEndOfUtterance, ExifOrientation, FetchPolicy, ImageLimits, ProcessOptions},
+};
+
+use crate::progress::resolve_model;
+
+/// The model and its processor.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArgs {
+    /// Directory of a checkpoint, or a model of the hub, which is downloaded on first use
+    #[arg(long, short, value_name = "DIR|ID")]
+    model: String,
+
+    /// What products are computed in; `auto` follows the checkpoint
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: Dtype,
+
+    /// Threads to compute with [default: all processors]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+
+    /// Whether `<end_of_utterance>` goes between neighbouring texts; `auto`: if the vocabulary has it
+    #[arg(long, value_enum, default_value = "auto", value_name = "WHEN")]
+    add_end_of_utterance: When,
+
+    #[command(flatten)]
+    images: ImageArgs,
+}
+
+/// What a picture may cost and where it may come from.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Images")]
+struct ImageArgs {
+    /// Turn pictures as their EXIF data says; the reference does not
+    #[arg(long)]
+    apply_exif: bool,
+
+    /// Largest picture, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = ImageLimits::default().max_bytes)]
+    max_image_bytes: usize,
+
+    /// Largest picture, in pixels
+    #[arg(long, value_name = "PIXELS", default_value_t = ImageLimits::default().max_pixels)]
+    max_image_pixels: u64,
+
+    /// Fetch no pictures from the network
+    #[arg(long)]
+    no_fetch: bool,
+
+    /// Seconds that fetching a picture may take
+    #[arg(long, value_name = "SECONDS", default_value_t = FetchPolicy::default().timeout.as_secs())]
+    fetch_timeout: u64,
+
+    /// Redirects that are followed
+    #[arg(long, value_name = "N", default_value_t = FetchPolicy::default().max_redirects)]
+    max_redirects: usize,
+
+    /// Fetch pictures from private addresses too
+    #[arg(long)]
+    allow_private_addresses: bool,
+
+    /// Fetch pictures from other ports than 80 and 443 too
+    #[arg(long)]
+    allow_any_port: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+    Auto,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum When {
+    Auto,
+    Always,
+    Never,
+}
+
+/// A model that is ready.
+pub(crate) struct Loaded {
+    pub(crate) model: Idefics,
+    pub(crate) processor: Processor,
+    pub(crate) options: ProcessOptions,
+}
+
+impl ModelArgs {
+    /// Finds, downloads and opens the model.
+    pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
+        if let Some(threads) = self.threads {
+            if threads == 0 {
+                bail!("--threads: expected at least 1, got 0");
+            }
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build_global().context("cannot start the threads")?;
+        }
+        let directory: PathBuf =
+            resolve_model(&self.model).with_context(|| format!("model {}", self.model))?;
+        let compute = match self.dtype {
+            Dtype::F32 => ComputeType::F32,
+            Dtype::Bf16 => ComputeType::Bf16,
+            Dtype::Auto => ComputeType::Auto,
+        };
+        let in_directory = || format!("model {}", directory.display());
+        // The processor is small and most often what is missing, so it goes first.
+        let processor = Processor::from_pretrained(&directory).with_context(in_directory)?;
+        let options = LoadOptions { compute, ..LoadOptions::default() };
+        let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
+        Ok(Loaded { model, processor, options: self.process_options() })
+    }
+
+    fn process_options(&self) -> ProcessOptions {
+        let images = &self.images;
+        ProcessOptions {
+            add_end_of_utterance: match self.add_end_of_utterance {
+                When::Auto => AddEndOfUtterance::Auto,
+                When::Always => AddEndOfUtterance::Always,
+                When::Never => AddEndOfUtterance::Never,
+            },
+            orientation: if images.apply_exif { ExifOrientation::Apply } else { ExifOrientation::Ignore },
+            limits: ImageLimits {
+                max_bytes: images.max_image_bytes,
+                max_pixels: images.max_image_pixels,
+                ..ImageLimits::default()
+            },
+            fetch: FetchPolicy {
+                enabled: !images.no_fetch,
+                timeout: Duration::from_secs(images.fetch_timeout),
+                max_bytes: images.max_image_bytes,
+                max_redirects: images.max_redirects,
+                allow_private: images.allow_private_addresses,
+                allow_any_port: images.allow_any_port,
+                ..FetchPolicy::default()
+            },
+            ..ProcessOptions::default()
+        }
+    }
+}
