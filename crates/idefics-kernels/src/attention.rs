@@ -1,7 +1,7 @@
 //! Softmax attention without a score matrix: keys are read in blocks, sums are kept running.
 //!
 //! Online softmax as in FlashAttention (Dao et al., 2022, algorithm 1). Blocks start at multiples of
-//! [`BLOCK`] counted from the first key, so a query's result has the same bits whether its prompt came whole
+//! 64 counted from the first key, so a query's result has the same bits whether its prompt came whole
 //! or in chunks, alone or in a batch.
 
 use half::bf16;

@@ -4,6 +4,8 @@
 //! more rows of activations the same registers are stored as a panel first, and the dense tiles take it from
 //! there: the same numbers in the same order, so the bits do not depend on the way.
 
+#![allow(clippy::cast_ptr_alignment)] // Loads are the unaligned ones throughout.
+
 use std::arch::x86_64::{
     __m128i, __m256i, __m512, __m512bh, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_cvtepi8_epi32,
     _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32, _mm512_cvtne2ps_pbh, _mm512_fmadd_ps,
@@ -16,7 +18,12 @@ use std::borrow::Cow;
 use half::bf16;
 
 use super::tile::{Dot, WeightRows};
-use crate::simd::{Simd, avx512};
+use crate::{
+    Isa,
+    isa::multiversion,
+    parallel::for_each_run,
+    simd::{Simd, avx512},
+};
 
 /// Elements unpacked at a time: one block of NF4 or Q8.
 pub(crate) const STEP: usize = 64;
@@ -367,11 +374,20 @@ pub(crate) unsafe fn unpack_pairs<F: Packed>(
 }
 
 /// Activations in the order of [`Nf4Format`]: of each 64, the even ones, then the odd ones.
-pub(crate) fn evens_then_odds<T: Copy>(x: &[T]) -> Vec<T> {
-    let mut out = Vec::with_capacity(x.len());
-    for block in x.chunks_exact(STEP) {
-        out.extend(block.iter().step_by(2));
-        out.extend(block.iter().skip(1).step_by(2));
-    }
+pub(crate) fn evens_then_odds(isa: Isa, x: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    for_each_run(&mut out, 256 * STEP, |first, out| reorder(isa, &x[first..first + out.len()], out));
     out
+}
+
+multiversion! { fn reorder(x: &[f32], out: &mut [f32]) = reorder_body }
+
+#[inline(always)]
+fn reorder_body<const FMA: bool>(x: &[f32], out: &mut [f32]) {
+    for (out, x) in out.as_chunks_mut::<STEP>().0.iter_mut().zip(x.as_chunks::<STEP>().0) {
+        for i in 0..STEP / 2 {
+            out[i] = x[2 * i];
+            out[STEP / 2 + i] = x[2 * i + 1];
+        }
+    }
 }
