@@ -40,7 +40,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let inputs = processor.process(&[prompt], &ProcessOptions::default())?.remove(0);
 
     // The tokenizer puts a space before every text, so a label is tokenized as it would be in the sentence.
-    let continuations = labels.iter().map(|label| processor.tokenize(label)).collect::<Result<Vec<_>, _>>()?;
+    let continuations =
+        labels.iter().map(|label| processor.tokenize(label)).collect::<Result<Vec<_>, _>>()?;
     let options = ScoreOptions::default();
     let scored = score_continuations(&model, &inputs, &continuations, &options)?;
 

@@ -131,14 +131,16 @@ fn check_sequence(name: &str, expected: &Tensors, case: &str, model: &Idefics, i
     for stage in (0..config.num_cross_layers()).map(Stage::CrossAttention) {
         // The reference computes rows that see no image, too, and gates them away; here they do not exist.
         let (shape, values) = expected.f32(&format!("{case}.{stage}"));
-        let seeing = inputs.image_index.iter().zip(values.chunks(shape[1])).filter(|(seen, _)| seen.is_some());
+        let seeing =
+            inputs.image_index.iter().zip(values.chunks(shape[1])).filter(|(seen, _)| seen.is_some());
         let values: Vec<f32> = seeing.flat_map(|(_, row)| row).copied().collect();
         let got = seen.get(&stage).map_or(&[][..], Vec::as_slice);
         assert_close(&format!("{name}: {case}.{stage}"), got, &values, tolerance::ACTIVATION);
         stages.push(stage);
     }
     let prefix = format!("{case}.");
-    let is_stage = |name: &&str| name.starts_with(&prefix) && (name.contains(".out") || name.contains(".attn"));
+    let is_stage =
+        |name: &&str| name.starts_with(&prefix) && (name.contains(".out") || name.contains(".attn"));
     assert_eq!(expected.names().filter(is_stage).count() + 1, stages.len(), "{name}: {case}: stages");
 }
 
@@ -189,11 +191,8 @@ fn positions_are_interpolated_as_in_the_reference() {
     let sizes = [(64, 16), (48, 48), (32, 56), (72, 40), (44, 60), (36, 36)];
     let listed = expected.names().filter(|name| name.starts_with("interpolated.")).count();
     assert_eq!(listed, 2 * sizes.len(), "the fixture has these sizes and no other");
-    let options = LoadOptions {
-        compute: ComputeType::F32,
-        other_sizes: OtherSizes::Interpolate,
-        ..Default::default()
-    };
+    let options =
+        LoadOptions { compute: ComputeType::F32, other_sizes: OtherSizes::Interpolate, ..Default::default() };
     let model = TINY.open(&options);
     let last = Stage::VisionLayer(model.config().vision_config.num_hidden_layers - 1);
     for (height, width) in sizes {
@@ -205,7 +204,8 @@ fn positions_are_interpolated_as_in_the_reference() {
             check("tiny", &expected, &format!("interpolated.{name}.{part}"), &seen[&stage]);
         }
         let refused = TINY.model().model().encode_images(&[&picture]).map(|_| ()).unwrap_err().to_string();
-        let said = format!("takes pictures of 32x32 pixels, got {name}; other sizes need interpolated positions");
+        let said =
+            format!("takes pictures of 32x32 pixels, got {name}; other sizes need interpolated positions");
         assert!(refused.contains(&said), "{refused}");
     }
 }
@@ -213,11 +213,8 @@ fn positions_are_interpolated_as_in_the_reference() {
 /// Pictures of several sizes go through the tower together and come out as alone.
 #[test]
 fn pictures_of_different_sizes_do_not_disturb_each_other() {
-    let options = LoadOptions {
-        compute: ComputeType::F32,
-        other_sizes: OtherSizes::Interpolate,
-        ..Default::default()
-    };
+    let options =
+        LoadOptions { compute: ComputeType::F32, other_sizes: OtherSizes::Interpolate, ..Default::default() };
     let model = TINY.open(&options);
     let picture = |height: usize, width: usize| {
         PixelValues::new(golden_fill("pixel_values.mixed", &[3, height, width]), height, width)

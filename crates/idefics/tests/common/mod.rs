@@ -8,58 +8,58 @@ use idefics::{ComputeType, Idefics, LoadOptions, SequenceInputs, ops::Isa, proce
 use idefics_testing::{Tensors, fixture, golden_fill};
 
 /// Rows and columns of the pictures of both tiny checkpoints.
-pub const SIDE: usize = 32;
+pub(crate) const SIDE: usize = 32;
 
 /// A tiny checkpoint.
 #[derive(Clone, Copy)]
-pub struct Tiny {
+pub(crate) struct Tiny {
     /// Its directory in `fixtures/`.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// Its sequences, in the order of the reference's batch.
-    pub cases: &'static [&'static str],
+    pub(crate) cases: &'static [&'static str],
 }
 
-pub const TINY: Tiny =
+pub(crate) const TINY: Tiny =
     Tiny { name: "tiny", cases: &["two_images", "text_first", "text_only", "after_eos"] };
-pub const TINY_BASE: Tiny = Tiny { name: "tiny-base", cases: &["two_images", "text_first", "text_only"] };
-pub const TINIES: [Tiny; 2] = [TINY, TINY_BASE];
+pub(crate) const TINY_BASE: Tiny =
+    Tiny { name: "tiny-base", cases: &["two_images", "text_first", "text_only"] };
+pub(crate) const TINIES: [Tiny; 2] = [TINY, TINY_BASE];
 
 impl Tiny {
-    pub fn open(self, options: &LoadOptions) -> Idefics {
+    pub(crate) fn open(self, options: &LoadOptions) -> Idefics {
         Idefics::from_pretrained(fixture(self.name), options).expect("a sound checkpoint")
     }
 
     /// In f32 on the strongest instruction tier.
-    pub fn model(self) -> Idefics {
+    pub(crate) fn model(self) -> Idefics {
         self.open(&LoadOptions { compute: ComputeType::F32, ..Default::default() })
     }
 
     /// Once in f32 on every instruction tier of this processor.
-    pub fn models(self) -> impl Iterator<Item = (String, Idefics)> {
+    pub(crate) fn models(self) -> impl Iterator<Item = (String, Idefics)> {
         Isa::available().map(move |isa| {
-            let options =
-                LoadOptions { compute: ComputeType::F32, isa: Some(isa), ..Default::default() };
+            let options = LoadOptions { compute: ComputeType::F32, isa: Some(isa), ..Default::default() };
             (format!("{} on {}", self.name, isa.tier()), self.open(&options))
         })
     }
 
-    pub fn expected(self) -> Tensors {
+    pub(crate) fn expected(self) -> Tensors {
         Tensors::fixture(&format!("{}/expected.safetensors", self.name))
     }
 
     /// All cases, in the order of `cases`.
-    pub fn inputs(self) -> Vec<SequenceInputs> {
+    pub(crate) fn inputs(self) -> Vec<SequenceInputs> {
         let expected = self.expected();
         self.cases.iter().map(|case| case_inputs(&expected, case)).collect()
     }
 
-    pub fn input(self, case: &str) -> SequenceInputs {
+    pub(crate) fn input(self, case: &str) -> SequenceInputs {
         case_inputs(&self.expected(), case)
     }
 }
 
 /// The pictures that the cases choose theirs from, `golden_fill("pixel_values", [3, 3, 32, 32])`.
-pub fn pictures() -> Vec<Arc<PixelValues>> {
+pub(crate) fn pictures() -> Vec<Arc<PixelValues>> {
     golden_fill("pixel_values", &[3, 3, SIDE, SIDE])
         .chunks(3 * SIDE * SIDE)
         .map(|data| Arc::new(PixelValues::new(data.to_vec(), SIDE, SIDE)))
@@ -80,7 +80,7 @@ fn case_inputs(expected: &Tensors, case: &str) -> SequenceInputs {
 }
 
 /// The column that is set in each row of a mask `[.., T, N]`.
-pub fn image_index(expected: &Tensors, mask: &str) -> Vec<Option<u32>> {
+pub(crate) fn image_index(expected: &Tensors, mask: &str) -> Vec<Option<u32>> {
     let (shape, mask) = expected.i64(mask);
     let columns = shape[shape.len() - 1];
     let seen = |row: &[i64]| {
