@@ -38,6 +38,7 @@ pub(crate) struct ModelArgs {
 /// What a picture may cost and where it may come from.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Images")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct ImageArgs {
     /// Turn pictures as their EXIF data says; the reference does not
     #[arg(long)]
