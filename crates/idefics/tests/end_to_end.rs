@@ -15,12 +15,12 @@ use idefics_testing::{assert_close, fixture, fixture_json, tolerance};
 use serde_json::Value;
 
 fn prompts_of(entry: &Value) -> Vec<Prompt> {
-    let segment = |segment: &Value| match segment["text"].as_str() {
-        Some(text) => Segment::text(text),
-        None => {
-            let name = segment["image"].as_str().expect("a text or a picture");
-            ImageSource::Path(fixture("processor").join(name)).into()
+    let segment = |segment: &Value| {
+        if let Some(text) = segment["text"].as_str() {
+            return Segment::text(text);
         }
+        let name = segment["image"].as_str().expect("a text or a picture");
+        Segment::Image(ImageSource::Path(fixture("processor").join(name)))
     };
     let prompt = |prompt: &Value| prompt.as_array().expect("segments").iter().map(segment).collect();
     entry["prompts"].as_array().expect("prompts").iter().map(prompt).collect()

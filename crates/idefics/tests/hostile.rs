@@ -124,7 +124,7 @@ fn spoilt_checkpoints_are_refused() {
     check_spoilt("tiny-base", write(INDEX, "{\"weight_map\": {\"a\": 3}}"), INDEX);
     let shard_of_norm = |shard: &'static str| {
         move |dir: &Path| {
-            edit_json(&dir.join(INDEX), |index| index["weight_map"]["model.norm.weight"] = json!(shard))
+            edit_json(&dir.join(INDEX), |index| index["weight_map"]["model.norm.weight"] = json!(shard));
         }
     };
     check_spoilt("tiny-base", shard_of_norm("../tiny/model.safetensors"), "is not a plain name");
