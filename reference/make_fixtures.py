@@ -31,12 +31,14 @@ import transformers  # noqa: E402
 
 from idefics_fixtures import (  # noqa: E402
     activations,
+    answers,
     common,
     generation,
     golden,
     llama_vectors,
     pictures,
     prompts,
+    stub,
     tiny,
     warpers,
 )
@@ -48,6 +50,8 @@ WRITERS = {
     "processor/": "pictures.py",
     "prompts.json": "prompts.py",
     "warpers.json": "warpers.py",
+    "generation/": "stub.py",
+    "answers.json": "answers.py",
     "generation.json": "generation.py",
     "expected.safetensors": "activations.py",
     "tokenizer": "tokenizer.py",
@@ -60,10 +64,12 @@ def write_all() -> None:
     llama_vectors.write_llama_vectors()
     pictures.write_pictures()
     warpers.write_warpers()
+    stub.write_stub_generation()
     tinies = [tiny.write_tiny(), tiny.write_tiny_base()]
     for checkpoint in tinies:
         activations.write_activations(checkpoint)
         generation.write_generation(checkpoint)
+        answers.write_answers(checkpoint)
     prompts.write_prompts(tinies)
     write_manifest()
 

@@ -116,6 +116,7 @@ impl ModelArgs {
         let processor = Processor::from_pretrained(&directory).with_context(in_directory)?;
         let options = LoadOptions { compute, ..LoadOptions::default() };
         let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
+        model.check_processor(&processor).with_context(in_directory)?;
         Ok(Loaded { model, processor, options: self.process_options() })
     }
 

@@ -4,8 +4,12 @@
 
 mod processor;
 mod report;
+mod tokenize;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::bail;
 use clap::ValueEnum;
@@ -29,6 +33,7 @@ Examples:
   idefics inspect ./model --context 1024 --batch 8 --images 2   # memory of such a workload
   idefics inspect ./model --keys --json                         # everything, for programs
   idefics inspect ./model --check-values                        # also look for NaN and infinity
+  idefics inspect ./model --tokenize lines.txt                  # token ids of each line
 
 The exit status is 0 only if nothing is wrong with the model.";
 
@@ -67,6 +72,14 @@ pub(crate) struct Args {
     /// Look at every number for NaN and infinity, even if the model has more than 1 GiB
     #[arg(long)]
     check_values: bool,
+
+    /// Print the token ids of each line of a text file (`-` for stdin) and nothing else, one JSON array a line
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["keys", "json", "context", "batch", "images", "dtype", "check_values"]
+    )]
+    tokenize: Option<PathBuf>,
 }
 
 /// Element type of the computation.
@@ -82,6 +95,9 @@ enum Compute {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let directory = resolve_model(&args.model)?;
+    if let Some(path) = &args.tokenize {
+        return tokenize::run(&directory, path);
+    }
     let config = read_config(&directory)?;
     let mut report = Report::new(&directory, &config);
     match Checkpoint::open(&directory) {
