@@ -32,6 +32,7 @@ import transformers  # noqa: E402
 
 from idefics_fixtures import (  # noqa: E402
     activations,
+    answers,
     common,
     generation,
     golden,
@@ -39,6 +40,7 @@ from idefics_fixtures import (  # noqa: E402
     pictures,
     prompts,
     quantized,
+    stub,
     tiny,
     warpers,
 )
@@ -52,6 +54,8 @@ WRITERS = {
     "quantize.json": "quantized.py",
     "tiny-nf4": "quantized.py",
     "warpers.json": "warpers.py",
+    "generation/": "stub.py",
+    "answers.json": "answers.py",
     "generation.json": "generation.py",
     "expected.safetensors": "activations.py",
     "tokenizer": "tokenizer.py",
@@ -64,10 +68,12 @@ def write_all() -> None:
     llama_vectors.write_llama_vectors()
     pictures.write_pictures()
     warpers.write_warpers()
+    stub.write_stub_generation()
     tinies = [tiny.write_tiny(), tiny.write_tiny_base()]
     for checkpoint in tinies:
         activations.write_activations(checkpoint)
         generation.write_generation(checkpoint)
+        answers.write_answers(checkpoint)
     prompts.write_prompts(tinies)
     quantized.write_quantize()
     quantized.write_tiny_nf4()

@@ -217,7 +217,7 @@ fn continue_records(file: &mut File, path: &Path, format: Format) -> anyhow::Res
     match format {
         Format::Csv => {
             let is_whole = |record: &[u8]| {
-                record.ends_with(b"\n") && record.iter().filter(|&&byte| byte == b'"').count() % 2 == 0
+                record.ends_with(b"\n") && record.split(|&byte| byte == b'"').count() % 2 == 1
             };
             let mut reader =
                 csv::ReaderBuilder::new().flexible(true).has_headers(false).from_reader(&bytes[..]);

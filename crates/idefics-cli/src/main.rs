@@ -5,6 +5,7 @@ mod commands;
 mod continuation;
 mod counter;
 mod images;
+mod lines;
 mod model;
 mod options;
 mod output;

@@ -43,6 +43,7 @@ pub(crate) struct ModelArgs {
 /// What a picture may cost and where it may come from.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Images")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct ImageArgs {
     /// Turn pictures as their EXIF data says; the reference does not
     #[arg(long)]
@@ -121,6 +122,7 @@ impl ModelArgs {
         let quantize = self.quantize.map(|format| Recipe::new(format.plain()));
         let options = LoadOptions { compute, quantize, ..LoadOptions::default() };
         let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
+        model.check_processor(&processor).with_context(in_directory)?;
         Ok(Loaded { model, processor, options: self.process_options() })
     }
 

@@ -10,6 +10,7 @@ use idefics::{
 /// the best token at each step, 20 tokens.
 #[derive(Debug, Default, clap::Args)]
 #[command(next_help_heading = "Generation")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub(crate) struct GenerationArgs {
     /// Longest answer, in tokens
     #[arg(long, value_name = "N")]

@@ -14,8 +14,11 @@ use serde::Deserialize;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct PromptItems(pub(crate) Prompt);
 
+/// How an argument becomes a segment.
+type ToSegment = fn(&str) -> Segment;
+
 /// What is where in the arguments: plain items, which are guessed, and those that leave no doubt.
-const KINDS: [(&str, fn(&str) -> Segment); 3] = [
+const KINDS: [(&str, ToSegment); 3] = [
     ("items", guess),
     ("image", |item| Segment::Image(image_source(item))),
     ("text", |item| Segment::Text(item.to_owned())),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use idefics_testing::{Golden, write_golden_checkpoint};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 fn idefics(args: &[&str]) -> Output {
@@ -16,14 +16,40 @@ fn idefics(args: &[&str]) -> Output {
     command.args(args).output().expect("the binary runs")
 }
 
-/// A model with a tokenizer that lists its three added tokens.
+/// A model with a byte-pair tokenizer of its 43 tokens: 40 letters without merges and three added ones.
 fn model(golden: Golden) -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     write_golden_checkpoint(directory.path(), golden);
-    let tokens = r#"{"added_tokens": [{"id": 40, "content": "<fake_token_around_image>"},
-        {"id": 41, "content": "<image>"}, {"id": 42, "content": "<end_of_utterance>"}]}"#;
-    fs::write(directory.path().join("tokenizer.json"), tokens).unwrap();
+    write_tokenizer(directory.path(), &["<fake_token_around_image>", "<image>", "<end_of_utterance>"]);
+    fs::write(directory.path().join("preprocessor_config.json"), r#"{"image_size": 8}"#).unwrap();
     directory
+}
+
+fn write_tokenizer(directory: &Path, added: &[&str]) {
+    let mut vocab: serde_json::Map<String, Value> =
+        (0..40).map(|id| (char::from_u32(0x4e00 + id).unwrap().to_string(), id.into())).collect();
+    for (id, token) in ["<unk>", "<s>", "</s>"].into_iter().enumerate() {
+        vocab.retain(|_, other| *other != id);
+        vocab.insert(token.to_owned(), id.into());
+    }
+    let special = |id: usize, token: &str| {
+        json!({"id": id, "content": token, "special": true, "lstrip": false, "rstrip": false, "normalized": false,
+            "single_word": false})
+    };
+    let added: Vec<_> = ["<unk>", "<s>", "</s>"]
+        .into_iter()
+        .enumerate()
+        .chain((40..).zip(added.iter().copied()))
+        .map(|(id, token)| special(id, token))
+        .collect();
+    let tokenizer = json!({
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "Prepend", "prepend": "\u{2581}"},
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true, "vocab": vocab, "merges": []},
+    });
+    fs::write(directory.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }
 
 fn inspect(directory: &TempDir, options: &[&str]) -> Output {
@@ -64,7 +90,7 @@ fn a_good_model_is_described() {
         let parameters: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         assert_eq!(report["parameters"], parameters);
         assert_eq!(report["components"][0]["dtypes"]["f32"], (40 + 3) * 16);
-        assert_eq!(report["special_tokens"]["<image>"], 41);
+        assert_eq!(report["special_tokens"][4], json!({"role": "image", "token": "<image>", "id": 41}));
         assert_eq!(report["values"]["not_finite"], serde_json::json!({}));
         assert_eq!(report["problems"], serde_json::json!([]));
         // f32: 2 · 4 layers · 16 · 4 bytes a token; L is 3 latents or 5 positions, of width 12.
@@ -83,7 +109,7 @@ fn text_for_people() {
     for part in [
         "4 layers, width 16",
         "gated cross-attention      26",
-        "42  <end_of_utterance>",
+        "42  <end_of_utterance>          end_of_utterance",
         "256 B a token",
         "all finite",
         "no problems found",
@@ -115,16 +141,20 @@ fn problems_fail_after_the_report() {
     assert!(text.contains("4 layers, width 16") && text.contains("problems\n"), "{text}");
 
     let directory = model(Golden::A);
-    fs::write(directory.path().join("tokenizer.json"), r#"{"added_tokens": []}"#).unwrap();
-    check_fails(&inspect(&directory, &[]), "has no token `<fake_token_around_image>`");
-    fs::write(
-        directory.path().join("tokenizer.json"),
-        r#"{"added_tokens": [{"id": 43, "content": "<image>"}]}"#,
-    )
-    .unwrap();
-    check_fails(&inspect(&directory, &[]), "token `<image>` has id 43, but the model has 43 tokens");
+    write_tokenizer(directory.path(), &["<image>"]);
+    check_fails(&inspect(&directory, &[]), "<fake_token_around_image>");
+    write_tokenizer(directory.path(), &["<fake_token_around_image>", "<image>", "<a>", "<b>"]);
+    check_fails(
+        &inspect(&directory, &[]),
+        "the tokenizer has 44 tokens, but the model has embeddings for 43",
+    );
+    fs::write(directory.path().join("preprocessor_config.json"), r#"{"image_size": 224}"#).unwrap();
+    check_fails(
+        &inspect(&directory, &[]),
+        "makes pictures of 224 x 224 pixels, but the vision tower takes 8 x 8",
+    );
     fs::write(directory.path().join("model.safetensors"), "short").unwrap();
-    check_fails(&inspect(&directory, &[]), "2 problems: ");
+    check_fails(&inspect(&directory, &[]), "3 problems: ");
 }
 
 #[test]
@@ -138,4 +168,42 @@ fn models_that_are_not_there() {
     check_fails(&idefics(&["download", "../name"]), "neither a directory nor a model of the hub");
     let empty = tempfile::tempdir().unwrap();
     check_fails(&inspect(&empty, &[]), "config.json");
+}
+
+#[test]
+fn lines_are_tokenized_one_by_one() {
+    let expected = idefics_testing::fixture_json("prompts.json");
+    let texts = expected["entries"].as_array().unwrap().iter().filter(|entry| {
+        // One row without padding, and no line break inside.
+        entry["tokenizer"] == "tiny"
+            && entry["texts"].as_array().unwrap().len() == 1
+            && !entry["texts"][0].as_str().unwrap().contains('\n')
+            && entry["options"]["truncation"].is_null()
+    });
+    let texts: Vec<_> =
+        texts.map(|entry| (entry["texts"][0].as_str().unwrap(), &entry["input_ids"][0])).collect();
+    assert!(texts.len() > 10, "the fixture is whole");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("lines.txt");
+    // An empty line is a line; the characters that Unicode breaks lines at are not.
+    let lines: Vec<&str> = texts.iter().map(|(text, _)| *text).chain(["", "a\u{2028}b\u{85}c\r"]).collect();
+    let model = idefics_testing::fixture("tiny");
+    let arguments = ["inspect", model.to_str().unwrap(), "--tokenize", path.to_str().unwrap()];
+    for end in ["", "\n"] {
+        fs::write(&path, lines.join("\n") + end).unwrap();
+        let output = idefics(&arguments);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let got: Vec<Value> = String::from_utf8(output.stdout)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(got.len(), lines.len());
+        for ((text, ids), got) in texts.iter().zip(&got) {
+            assert_eq!(got, *ids, "{text}");
+        }
+        assert_eq!(got[texts.len()], json!([]), "an empty line has no tokens");
+    }
+    fs::write(&path, b"fine\nno \xff text\n").unwrap();
+    check_fails(&idefics(&arguments), "lines.txt, line 2: invalid utf-8");
 }

@@ -22,6 +22,7 @@ pub mod nested;
 pub mod nf4;
 pub mod norm;
 mod parallel;
+pub mod probe;
 pub mod q8;
 pub mod rope;
 mod simd;

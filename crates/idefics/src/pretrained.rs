@@ -9,6 +9,7 @@ use crate::{
     generate::{Row, StepModel},
     model::{Model, ModelError, OtherSizes, SequenceCache},
     ops::{Compute, Context, Isa},
+    processor::Processor,
     quantize::{QuantizeError, Recipe, quantize_weights},
 };
 
@@ -50,6 +51,14 @@ pub enum LoadError {
     /// The weights do not make the model that the configuration describes.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A tokenizer with more tokens than the model: it belongs to another one.
+    #[error("the tokenizer has {tokenizer} token ids, but the model has embeddings for {model}")]
+    Vocabulary {
+        /// One more than the tokenizer's largest id.
+        tokenizer: usize,
+        /// Base and additional vocabulary together.
+        model: usize,
+    },
 }
 
 /// IDEFICS, ready to read and write.
@@ -82,6 +91,13 @@ impl Idefics {
         let model =
             Model::new(checkpoint.config, &checkpoint.weights, ctx)?.with_other_sizes(options.other_sizes);
         Ok(Self { model, generation_config: checkpoint.generation_config })
+    }
+
+    /// Refuses a processor whose tokenizer has ids that the model lacks. One with fewer is fine: embeddings are
+    /// often padded.
+    pub fn check_processor(&self, processor: &Processor) -> Result<(), LoadError> {
+        let (tokenizer, model) = (processor.tokenizer().id_bound() as usize, self.model.vocab_size());
+        if tokenizer > model { Err(LoadError::Vocabulary { tokenizer, model }) } else { Ok(()) }
     }
 
     /// The forward pass by itself: image features, hidden states, logits.

@@ -4,12 +4,15 @@
 use std::sync::Arc;
 
 use idefics::{
-    ComputeType, Idefics, LoadOptions, SequenceInputs,
+    ComputeType, Idefics, LoadOptions, Processor, SequenceInputs,
     checkpoint::Checkpoint,
     generate::{EarlyStopping, Generated, GenerationConfig, ScoreOptions, ScoreRequest, score},
     processor::PixelValues,
 };
-use idefics_testing::{Golden, assert_close, golden_fill, tolerance, write_golden_checkpoint};
+use idefics_testing::{
+    Golden, Tensors, assert_close, fixture, fixture_json, golden_fill, tolerance, write_golden_checkpoint,
+};
+use serde::Deserialize;
 
 fn model(golden: Golden) -> Idefics {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -271,4 +274,99 @@ fn scores_of_an_answer_are_the_log_probabilities_it_was_written_with() {
         let written: Vec<f32> = answer.logprobs.iter().map(|token| token.logprob).collect();
         assert_eq!(got, written);
     }
+}
+
+/// One run of the reference on a checkpoint of `fixtures/`.
+#[derive(Deserialize)]
+struct Entry {
+    name: String,
+    /// Names of prompts.
+    inputs: Vec<String>,
+    /// Whether they were one batch, whose rows are padded behind their ends.
+    batched: bool,
+    options: serde_json::Value,
+    /// Answers of each prompt.
+    rows: Vec<Vec<Answer>>,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    token_ids: Vec<u32>,
+    logprobs: Option<Vec<f32>>,
+    score: Option<f32>,
+    text: Option<String>,
+}
+
+/// A prompt of `expected.safetensors`.
+fn prompt(tensors: &Tensors, name: &str, side: usize) -> SequenceInputs {
+    let (_, token_ids) = tensors.i64(&format!("{name}.input_ids"));
+    let (shape, mask) = tensors.i64(&format!("{name}.image_attention_mask"));
+    let (_, images) = tensors.i64(&format!("{name}.images"));
+    let pixels = golden_fill("pixel_values", &[3, 3, side, side]);
+    let picture = |&index: &i64| {
+        let pixels = pixels.chunks(3 * side * side).nth(index as usize).expect("one of three pictures");
+        Arc::new(PixelValues::new(pixels.to_vec(), side, side))
+    };
+    let image = |row: &[i64]| row.iter().position(|&seen| seen == 1).map(|index| index as u32);
+    SequenceInputs {
+        token_ids: token_ids.iter().map(|&id| id as u32).collect(),
+        image_index: mask.chunks(shape[1]).map(image).collect(),
+        images: images.iter().map(picture).collect(),
+    }
+}
+
+fn check_fixture(directory: &str) {
+    let options = LoadOptions { compute: ComputeType::F32, ..Default::default() };
+    let model = Idefics::from_pretrained(fixture(directory), &options).expect("a sound checkpoint");
+    let processor = Processor::from_pretrained(fixture(directory)).expect("a sound processor");
+    let tensors = Tensors::fixture(&format!("{directory}/expected.safetensors"));
+    let entries = fixture_json(&format!("{directory}/generation.json"))["entries"].take();
+    let entries: Vec<Entry> = serde_json::from_value(entries).expect("runs of the reference");
+    assert!(entries.len() > 5, "the runs are there");
+    let side = model.config().vision_config.image_size;
+    for entry in entries {
+        // Without its special tokens: the reference bans no tokens of pictures by itself.
+        let config = model.default_generation(None).expect("a sound proposal");
+        let config = config.with_json(entry.options.clone()).expect("options of the reference");
+        let is_greedy = config.num_beams == 1;
+        let config = GenerationConfig { logprobs: is_greedy.then_some(0), ..config };
+        let inputs: Vec<_> = entry.inputs.iter().map(|name| prompt(&tensors, name, side)).collect();
+        let generated = model.generate_text(&processor, &inputs, &config).expect("answers");
+        for ((name, generated), expected) in entry.inputs.iter().zip(&generated).zip(&entry.rows) {
+            let what = format!("{directory}, {}, {name}", entry.name);
+            assert_eq!(generated.sequences.len(), expected.len(), "{what}");
+            for (got, expected) in generated.sequences.iter().zip(expected) {
+                let (ids, padding) =
+                    expected.token_ids.split_at(got.token_ids.len().min(expected.token_ids.len()));
+                assert_eq!(got.token_ids, ids, "{what}");
+                let filler = config.filler_token_id();
+                let is_padded = entry.batched || config.num_return_sequences > 1;
+                assert!(
+                    padding.iter().all(|&id| is_padded && Some(id) == filler),
+                    "{what}: expected {:?}, got {:?}",
+                    expected.token_ids,
+                    got.token_ids
+                );
+                if let Some(logprobs) = &expected.logprobs {
+                    let got: Vec<f32> = got.logprobs.iter().map(|token| token.logprob).collect();
+                    assert_close(&what, &got, logprobs, tolerance::LOGITS);
+                }
+                if let Some(score) = expected.score {
+                    let got = got.score.expect("a beam has a score");
+                    assert_close(&what, &[got], &[score], tolerance::SEQUENCE_SCORE);
+                }
+                if let Some(text) = &expected.text {
+                    // The reference decodes the new tokens alone, so that a leading space is lost.
+                    let got = got.text.as_deref().expect("there is a decoder");
+                    assert_eq!(got.trim_start_matches(' '), text, "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fresh_checkpoints_generate_what_the_reference_does() {
+    check_fixture("tiny");
+    check_fixture("tiny-base");
 }

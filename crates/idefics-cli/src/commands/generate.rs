@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     cancel,
-    counter::Counter,
+    lines::Lines,
     model::{Loaded, ModelArgs},
     options::GenerationArgs,
     output,
@@ -90,59 +90,32 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             // Several answers would be mixed up if they came token by token.
             let is_streamed = !args.json && job.config.num_return_sequences == 1;
             let generated = answer(&loaded, std::slice::from_ref(&job), is_streamed)?;
-            print(&loaded, &job, &generated[0], args.json, is_streamed)
+            // What was streamed still needs the end of its line.
+            let rest =
+                if is_streamed { String::new() } else { as_text(&loaded, &job, &generated[0], args.json) };
+            Ok(output::print(&rest)?)
         }
         Some(lines) => run_lines(args, &loaded, &config, lines),
     }
 }
 
-/// Answers a file of prompts batch by batch. Bad lines are reported and do not stop the others.
+/// Answers a file of prompts.
 fn run_lines(
     args: &Args,
     loaded: &Loaded,
     config: &GenerationConfig,
     lines: Vec<(usize, anyhow::Result<Line>)>,
 ) -> anyhow::Result<()> {
-    let mut counter = Counter::start(lines.len(), "prompts");
-    let (total, mut failed) = (lines.len(), 0);
-    let mut lines = lines.into_iter();
-    loop {
-        let batch: Vec<_> = lines.by_ref().take(args.batch_size).collect();
-        if batch.is_empty() || cancel::is_requested() {
-            break;
-        }
-        let mut jobs = Vec::with_capacity(batch.len());
-        for (number, line) in batch {
-            let job = line.and_then(|line| {
-                let mut fields = line.other;
-                fields.insert("line".to_owned(), json!(number));
-                let config = with_own_options(config, line.generation)?;
-                prepare(loaded, line.prompt.into(), config, fields)
-            });
-            match job {
-                Ok(job) => jobs.push(job),
-                Err(error) => {
-                    failed += 1;
-                    counter.aside(|| eprintln!("error: line {number}: {error:#}"));
-                    if args.json {
-                        let line = json!({"line": number, "error": format!("{error:#}")});
-                        counter.aside(|| output::print(&line.to_string()))?;
-                    }
-                    counter.advance(1);
-                }
-            }
-        }
-        let generated = answer(loaded, &jobs, false)?;
-        counter.aside(|| {
-            jobs.iter().zip(&generated).try_for_each(|(job, it)| print(loaded, job, it, args.json, false))
-        })?;
-        counter.advance(jobs.len());
-    }
-    counter.finish();
-    if failed > 0 {
-        bail!("{failed} of {total} prompts failed");
-    }
-    Ok(())
+    let lines = Lines { lines, batch_size: args.batch_size, what: "prompts", reports_errors: args.json };
+    let prepare_line = |number, line: Line| {
+        let mut fields = line.other;
+        fields.insert("line".to_owned(), json!(number));
+        prepare(loaded, line.prompt.into(), with_own_options(config, line.generation)?, fields)
+    };
+    lines.run(prepare_line, |jobs| {
+        let generated = answer(loaded, jobs, false)?;
+        Ok(jobs.iter().zip(&generated).map(|(job, it)| as_text(loaded, job, it, args.json)).collect())
+    })
 }
 
 /// The options of a line in place of the common ones. A name that is no option is an error.
@@ -200,23 +173,16 @@ fn answer(loaded: &Loaded, jobs: &[Job], is_streamed: bool) -> anyhow::Result<Ve
     }
 }
 
-fn print(
-    loaded: &Loaded,
-    job: &Job,
-    generated: &Generated,
-    is_json: bool,
-    was_streamed: bool,
-) -> anyhow::Result<()> {
-    for (index, completion) in generated.sequences.iter().enumerate() {
+/// The answers to a prompt, a line each, as text or JSON.
+fn as_text(loaded: &Loaded, job: &Job, generated: &Generated, is_json: bool) -> String {
+    let line = |(index, completion): (usize, &Completion)| {
         if is_json {
-            output::print(&answer_json(loaded, job, generated, (index, completion)).to_string())?;
-        } else if was_streamed {
-            output::print("")?;
+            answer_json(loaded, job, generated, (index, completion)).to_string()
         } else {
-            output::print(completion.text.as_deref().unwrap_or_default())?;
+            completion.text.clone().unwrap_or_default()
         }
-    }
-    Ok(())
+    };
+    generated.sequences.iter().enumerate().map(line).collect::<Vec<_>>().join("\n")
 }
 
 fn answer_json(

@@ -2,10 +2,14 @@
 //!
 //! Nothing is loaded: headers are read, weights are mapped, and only the check of values looks at the numbers.
 
+mod processor;
 mod report;
-mod tokens;
+mod tokenize;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::bail;
 use clap::ValueEnum;
@@ -29,6 +33,7 @@ Examples:
   idefics inspect ./model --context 1024 --batch 8 --images 2   # memory of such a workload
   idefics inspect ./model --keys --json                         # everything, for programs
   idefics inspect ./model --check-values                        # also look for NaN and infinity
+  idefics inspect ./model --tokenize lines.txt                  # token ids of each line
 
 The exit status is 0 only if nothing is wrong with the model.";
 
@@ -67,6 +72,14 @@ pub(crate) struct Args {
     /// Look at every number for NaN and infinity, even if the model has more than 1 GiB
     #[arg(long)]
     check_values: bool,
+
+    /// Print the token ids of each line of a text file (`-` for stdin) and nothing else, one JSON array a line
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["keys", "json", "context", "batch", "images", "dtype", "check_values"]
+    )]
+    tokenize: Option<PathBuf>,
 }
 
 /// Element type of the computation.
@@ -76,22 +89,22 @@ enum Compute {
     F32,
     /// 16-bit brain floats
     Bf16,
-    /// bf16 if the weights have 16 bits, else f32
+    /// bf16 if most weights are, else f32
     Auto,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let directory = resolve_model(&args.model)?;
+    if let Some(path) = &args.tokenize {
+        return tokenize::run(&directory, path);
+    }
     let config = read_config(&directory)?;
     let mut report = Report::new(&directory, &config);
     match Checkpoint::open(&directory) {
         Ok(checkpoint) => describe(&mut report, &checkpoint, args)?,
         Err(error) => report.problems.push(format!("{:#}", anyhow::Error::new(error))),
     }
-    match tokens::read(&directory, &config) {
-        Ok(tokens) => report.special_tokens = tokens,
-        Err(error) => report.problems.push(format!("{error:#}")),
-    }
+    processor::describe(&mut report, &directory, &config);
     report.memory = memory(&config, report.weight_bytes(), &report, args);
     let text = if args.json { serde_json::to_string(&report)? } else { report.to_string() };
     output::print(&text)?;
@@ -152,8 +165,8 @@ fn memory(config: &IdeficsConfig, weights: u64, report: &Report, args: &Args) ->
         Compute::F32 => DType::F32,
         Compute::Bf16 => DType::Bf16,
         Compute::Auto => match report.main_dtype().or(config.declared_dtype()) {
-            Some(DType::F16 | DType::Bf16) => DType::Bf16,
-            Some(DType::F32) | None => DType::F32,
+            Some(DType::Bf16) => DType::Bf16,
+            Some(DType::F16 | DType::F32) | None => DType::F32,
         },
     };
     let context = args.context.map_or(config.max_position_embeddings, |context| context as usize);

@@ -13,17 +13,16 @@ use serde_json::{Map, Value, json};
 use crate::{
     cancel,
     continuation::continuations,
-    counter::Counter,
+    lines::Lines,
     model::{Loaded, ModelArgs},
-    output,
     prompts::{JsonPrompt, json_lines},
 };
 
 /// Print the log-probabilities of given texts, token by token
 ///
 /// Each line of the file is {"prompt": [{"text": ..}, {"image": ..}], "continuation": ".."} and scores the
-/// continuation, or the prompt itself from its second token where there is none. "token_ids": [..] may stand in
-/// place of either one; {"token_ids": [..]} may be the value of either. Other fields are copied to the result.
+/// continuation, or the prompt itself from its second token where there is none. `"token_ids": [..]` may stand in
+/// place of either one; `{"token_ids": [..]}` may be the value of either. Other fields are copied to the result.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  echo '{\"prompt\": [{\"text\": \"The capital of France is\"}], \"continuation\": \" Paris\"}' \\\n      \
@@ -79,40 +78,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let loaded = args.model.load()?;
     cancel::on_interrupt()?;
     let options = ScoreOptions { top: args.top, ..ScoreOptions::default() };
-    let mut counter = Counter::start(lines.len(), "texts");
-    let (total, mut failed) = (lines.len(), 0);
-    let mut lines = lines.into_iter();
-    loop {
-        let batch: Vec<_> = lines.by_ref().take(args.batch_size).collect();
-        if batch.is_empty() || cancel::is_requested() {
-            break;
-        }
-        let read = batch.len();
-        let mut jobs = Vec::with_capacity(batch.len());
-        for (number, line) in batch {
-            match line.and_then(|line| prepare(&loaded, line)) {
-                Ok(job) => jobs.push(job),
-                Err(error) => {
-                    failed += 1;
-                    counter.aside(|| eprintln!("error: line {number}: {error:#}"));
-                    let line = json!({"line": number, "error": format!("{error:#}")});
-                    counter.aside(|| output::print(&line.to_string()))?;
-                }
-            }
-        }
-        let (fields, requests): (Vec<_>, Vec<_>) = jobs.into_iter().unzip();
-        let scored = score(&loaded.model, &requests, &options)?;
-        counter.aside(|| {
-            let mut results = fields.into_iter().zip(&scored);
-            results.try_for_each(|(fields, scored)| output::print(&result(fields, scored).to_string()))
-        })?;
-        counter.advance(read);
-    }
-    counter.finish();
-    if failed > 0 {
-        bail!("{failed} of {total} texts failed");
-    }
-    Ok(())
+    let lines = Lines { lines, batch_size: args.batch_size, what: "texts", reports_errors: true };
+    lines.run(
+        |_, line| prepare(&loaded, line),
+        |jobs: &[(Map<String, Value>, ScoreRequest)]| {
+            let requests: Vec<_> = jobs.iter().map(|(_, request)| request.clone()).collect();
+            let scored = score(&loaded.model, &requests, &options)?;
+            Ok(jobs
+                .iter()
+                .zip(&scored)
+                .map(|((fields, _), it)| result(fields.clone(), it).to_string())
+                .collect())
+        },
+    )
 }
 
 impl Line {

@@ -241,3 +241,25 @@ fn a_row_of_a_packed_product_gives_the_same_bits_alone_and_in_any_batch() {
         }
     }
 }
+
+#[test]
+fn rounding_is_that_of_the_half_crate() {
+    let mut values = noise(1000, 30);
+    values.extend([
+        0.0,
+        -0.0,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::MAX,
+        f32::MIN_POSITIVE,
+        1e-42,
+        1.003_906_2,
+    ]);
+    for isa in Isa::available() {
+        let rounded = super::round_all(isa, &values);
+        for (value, rounded) in values.iter().zip(&rounded) {
+            assert_eq!(rounded.to_bits(), bf16::from_f32(*value).to_bits(), "{value}");
+        }
+        assert!(super::round_all(isa, &[f32::NAN])[0].is_nan());
+    }
+}

@@ -127,9 +127,9 @@ impl LogitsProcessors {
         custom: Option<CustomProcessor<'_>>,
     ) -> Result<(), GenerateError> {
         if !self.replaces_nan
-            && let Some(token_id) = scores.iter().position(|score| score.is_nan())
+            && let Some(token_id) = scores.iter().position(|&score| is_nonsense(score))
         {
-            return Err(GenerateError::NotANumber { token_id });
+            return Err(GenerateError::NotFinite { token_id });
         }
         for rule in &self.rules {
             rule.apply(history, scores);
@@ -145,6 +145,11 @@ impl LogitsProcessors {
         }
         Ok(())
     }
+}
+
+/// Whether no sound model gives such a score. Minus infinity is one: a model may rule a token out.
+pub(crate) fn is_nonsense(score: f32) -> bool {
+    score.is_nan() || score == f32::INFINITY
 }
 
 impl Rule {
@@ -321,13 +326,82 @@ mod tests {
         assert!(failures.is_empty(), "{}", failures.join("\n"));
     }
 
+    /// `warpers.json`: four rows of scores, and what each class makes of them.
+    #[derive(Deserialize)]
+    struct Table {
+        eos_token_id: Vec<u32>,
+        prompt_length: usize,
+        tokens: Vec<Vec<u32>>,
+        scores: Vec<Vec<f32>>,
+        entries: Vec<Entry>,
+    }
+
+    #[derive(Deserialize)]
+    struct Entry {
+        option: String,
+        value: serde_json::Value,
+        min_tokens_to_keep: Option<usize>,
+        begin_index: Option<usize>,
+        max_length: Option<usize>,
+        /// Infinities are strings.
+        scores: Vec<Vec<serde_json::Value>>,
+    }
+
     #[test]
-    fn nan_is_an_error_unless_it_is_replaced() {
+    fn each_class_of_the_reference_agrees() {
+        let table = include_str!("../../../../fixtures/warpers.json");
+        let table: Table = serde_json::from_str(table).unwrap();
+        assert!(table.entries.len() > 50, "the table is there");
+        let mut failures = Vec::new();
+        for entry in &table.entries {
+            let changes = serde_json::json!({ entry.option.as_str(): entry.value });
+            // Warpers run only when sampling, and top-k has a default there.
+            let base = GenerationConfig { do_sample: true, top_k: 0, ..Default::default() };
+            let mut config = base.with_json(changes).unwrap();
+            match entry.min_tokens_to_keep {
+                Some(2) => config.num_beams = 2,
+                _ => config.eos_token_ids.clone_from(&table.eos_token_id),
+            }
+            let min = config.min_new_tokens.map_or(config.min_length, |new| table.prompt_length + new);
+            let prompt_length = entry.begin_index.unwrap_or(table.prompt_length);
+            let lengths = Lengths { prompt: prompt_length, min, max: entry.max_length.unwrap_or(100) };
+            for (row, expected) in entry.scores.iter().enumerate() {
+                let mut history = table.tokens[row].as_slice();
+                if entry.option == "repetition_penalty" {
+                    // The reference passes over padding, which does not exist here.
+                    history = &history[history.iter().position(|&id| id == 1).unwrap()..];
+                }
+                let mut got = table.scores[row].clone();
+                let prompt = &table.tokens[row][..table.prompt_length];
+                LogitsProcessors::new(&config, lengths, prompt).process(history, &mut got, None).unwrap();
+                let expected: Vec<f32> = expected
+                    .iter()
+                    .map(|value| value.as_f64().map_or(f32::NEG_INFINITY, |number| number as f32))
+                    .collect();
+                let close = |(got, expected): (&f32, &f32)| {
+                    got == expected || (got - expected).abs() <= 2e-6 * expected.abs().max(1.0)
+                };
+                if !got.iter().zip(&expected).all(close) {
+                    failures.push(format!(
+                        "{} {} row {row}: expected {expected:?}, got {got:?}",
+                        entry.option, entry.value
+                    ));
+                }
+            }
+        }
+        assert!(failures.is_empty(), "{}", failures.join("\n"));
+    }
+
+    #[test]
+    fn nan_and_infinity_are_errors_unless_they_are_replaced() {
         let lengths = Lengths { prompt: 1, min: 0, max: 10 };
         let mut values = [1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
         let strict = LogitsProcessors::new(&GenerationConfig::default(), lengths, &[1]);
         let error = strict.process(&[1], &mut values, None).unwrap_err();
-        assert!(matches!(error, GenerateError::NotANumber { token_id: 1 }), "{error}");
+        assert!(matches!(error, GenerateError::NotFinite { token_id: 1 }), "{error}");
+        let error = strict.process(&[1], &mut values[2..], None).unwrap_err();
+        assert!(matches!(error, GenerateError::NotFinite { token_id: 0 }), "{error}");
+        strict.process(&[1], &mut values[3..], None).unwrap();
         let config = GenerationConfig { remove_invalid_values: true, ..Default::default() };
         LogitsProcessors::new(&config, lengths, &[1]).process(&[1], &mut values, None).unwrap();
         assert_eq!(values, [1.0, 0.0, f32::MAX, f32::MIN]);

@@ -1,0 +1,71 @@
+//! One job over the lines of a file: in batches, in order, and a bad line does not stop the others.
+
+use anyhow::bail;
+use serde_json::json;
+
+use crate::{cancel, counter::Counter, output};
+
+/// How a file is worked through.
+pub(crate) struct Lines<T> {
+    /// Each line with its number, or why it cannot be read.
+    pub(crate) lines: Vec<(usize, anyhow::Result<T>)>,
+    pub(crate) batch_size: usize,
+    /// What a line is, in the plural.
+    pub(crate) what: &'static str,
+    /// Whether a bad line has a line of JSON in the results; it always has one on stderr.
+    pub(crate) reports_errors: bool,
+}
+
+impl<T> Lines<T> {
+    /// Makes a job of each line, does the jobs of a batch together, and prints the result of each.
+    pub(crate) fn run<J>(
+        self,
+        mut prepare: impl FnMut(usize, T) -> anyhow::Result<J>,
+        mut work: impl FnMut(&[J]) -> anyhow::Result<Vec<String>>,
+    ) -> anyhow::Result<()> {
+        let (total, mut failed) = (self.lines.len(), 0);
+        let mut counter = Counter::start(total, self.what);
+        let mut lines = self.lines.into_iter();
+        while !cancel::is_requested() {
+            let batch: Vec<_> = lines.by_ref().take(self.batch_size).collect();
+            if batch.is_empty() {
+                break;
+            }
+            let read = batch.len();
+            let mut jobs = Vec::with_capacity(read);
+            let mut outcomes = Vec::with_capacity(read);
+            for (number, line) in batch {
+                match line.and_then(|line| prepare(number, line)) {
+                    Ok(job) => {
+                        jobs.push(job);
+                        outcomes.push(Ok(()));
+                    }
+                    Err(error) => outcomes.push(Err((number, format!("{error:#}")))),
+                }
+            }
+            let mut results = work(&jobs)?.into_iter();
+            for outcome in outcomes {
+                match outcome {
+                    Ok(()) => {
+                        let result = results.next().unwrap_or_default();
+                        counter.aside(|| output::print(&result))?;
+                    }
+                    Err((number, error)) => {
+                        failed += 1;
+                        counter.aside(|| eprintln!("error: line {number}: {error}"));
+                        if self.reports_errors {
+                            let line = json!({"line": number, "error": error}).to_string();
+                            counter.aside(|| output::print(&line))?;
+                        }
+                    }
+                }
+            }
+            counter.advance(read);
+        }
+        counter.finish();
+        if failed > 0 {
+            bail!("{failed} of {total} {} failed", self.what);
+        }
+        Ok(())
+    }
+}
