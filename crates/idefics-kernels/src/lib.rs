@@ -21,6 +21,7 @@ mod math;
 pub mod nf4;
 pub mod norm;
 mod parallel;
+pub mod probe;
 pub mod q8;
 pub mod rope;
 mod simd;
