@@ -269,7 +269,10 @@ unsafe fn weighted_rows<S: Simd, E: Element, const Q: usize>(
     // SAFETY: columns stay below `dim` and rows below `n`, by the loop conditions.
     unsafe {
         while at + S::LANES <= dim {
-            let mut acc: [S::V; Q] = std::array::from_fn(|q| S::load(sums.as_ptr().add(q * dim + at)));
+            let mut acc = [S::splat(0.0); Q];
+            for (q, acc) in acc.iter_mut().enumerate() {
+                *acc = S::load(sums.as_ptr().add(q * dim + at));
+            }
             for s in 0..n {
                 let value = E::load::<S>(values.as_ptr().add(s * stride + at));
                 for q in 0..Q {
@@ -283,8 +286,10 @@ unsafe fn weighted_rows<S: Simd, E: Element, const Q: usize>(
         }
         if at < dim {
             let rest = dim - at;
-            let mut acc: [S::V; Q] =
-                std::array::from_fn(|q| S::load_head(sums.as_ptr().add(q * dim + at), rest));
+            let mut acc = [S::splat(0.0); Q];
+            for (q, acc) in acc.iter_mut().enumerate() {
+                *acc = S::load_head(sums.as_ptr().add(q * dim + at), rest);
+            }
             for s in 0..n {
                 let value = E::load_head::<S>(values.as_ptr().add(s * stride + at), rest);
                 for q in 0..Q {

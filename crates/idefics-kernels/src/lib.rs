@@ -18,8 +18,10 @@ pub mod elementwise;
 mod isa;
 pub mod linear;
 mod math;
+pub mod nf4;
 pub mod norm;
 mod parallel;
+pub mod q8;
 pub mod rope;
 mod simd;
 

@@ -36,12 +36,20 @@ pub struct VisionConfig {
     pub hidden_act: Activation,
     /// Added to the variance in every LayerNorm of the tower.
     pub layer_norm_eps: f64,
+    /// Dropout of attention weights; used in training only.
+    pub attention_dropout: f64,
+    /// Standard deviation of freshly initialised weights.
+    pub initializer_range: f64,
+    /// Multiplies the above.
+    pub initializer_factor: f64,
 }
 
 /// The perceiver resampler.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PerceiverConfig {
+    /// Stands in the files, but decides nothing: [`IdeficsConfig::use_resampler`] does.
+    pub use_resampler: bool,
     /// Latents per image, `L` in shapes.
     pub resampler_n_latents: usize,
     /// Number of attention + MLP blocks.
@@ -94,6 +102,8 @@ pub struct IdeficsConfig {
     pub alpha_type: AlphaType,
     /// Added to the mean square in every RMSNorm.
     pub rms_norm_eps: f64,
+    /// Whether generation keeps keys and values; here it always does.
+    pub use_cache: bool,
     /// Padding token; the reference fills finished rows with it.
     pub pad_token_id: Option<u32>,
     /// First token of every prompt.
@@ -204,6 +214,9 @@ impl Default for VisionConfig {
             num_channels: 3,
             hidden_act: Activation::Gelu,
             layer_norm_eps: 1e-5,
+            attention_dropout: 0.0,
+            initializer_range: 0.02,
+            initializer_factor: 1.0,
         }
     }
 }
@@ -211,6 +224,7 @@ impl Default for VisionConfig {
 impl Default for PerceiverConfig {
     fn default() -> Self {
         Self {
+            use_resampler: false,
             resampler_n_latents: 64,
             resampler_depth: 6,
             resampler_n_heads: 16,
@@ -239,6 +253,7 @@ impl Default for IdeficsConfig {
             alphas_initializer_range: 0.0,
             alpha_type: AlphaType::Float,
             rms_norm_eps: 1e-6,
+            use_cache: true,
             pad_token_id: Some(0),
             bos_token_id: Some(1),
             eos_token_id: Some(TokenIds::One(2)),

@@ -2,8 +2,8 @@
 //!
 //! Nothing is loaded: headers are read, weights are mapped, and only the check of values looks at the numbers.
 
+mod processor;
 mod report;
-mod tokens;
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -76,7 +76,7 @@ enum Compute {
     F32,
     /// 16-bit brain floats
     Bf16,
-    /// bf16 if the weights have 16 bits, else f32
+    /// bf16 if most weights are, else f32
     Auto,
 }
 
@@ -88,10 +88,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Ok(checkpoint) => describe(&mut report, &checkpoint, args)?,
         Err(error) => report.problems.push(format!("{:#}", anyhow::Error::new(error))),
     }
-    match tokens::read(&directory, &config) {
-        Ok(tokens) => report.special_tokens = tokens,
-        Err(error) => report.problems.push(format!("{error:#}")),
-    }
+    processor::describe(&mut report, &directory, &config);
     report.memory = memory(&config, report.weight_bytes(), &report, args);
     let text = if args.json { serde_json::to_string(&report)? } else { report.to_string() };
     output::print(&text)?;
@@ -146,8 +143,8 @@ fn memory(config: &IdeficsConfig, weights: u64, report: &Report, args: &Args) ->
         Compute::F32 => DType::F32,
         Compute::Bf16 => DType::Bf16,
         Compute::Auto => match report.main_dtype().or(config.declared_dtype()) {
-            Some(DType::F16 | DType::Bf16) => DType::Bf16,
-            Some(DType::F32) | None => DType::F32,
+            Some(DType::Bf16) => DType::Bf16,
+            Some(DType::F16 | DType::F32) | None => DType::F32,
         },
     };
     let context = args.context.map_or(config.max_position_embeddings, |context| context as usize);

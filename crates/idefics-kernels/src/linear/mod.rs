@@ -5,19 +5,25 @@
 //! element is one vector accumulator run along `K` and reduced at the end: the same bits for any `M`, any
 //! tiling and any number of threads.
 
+#[cfg(target_arch = "x86_64")]
+mod packed;
 pub(crate) mod tile;
 
 #[cfg(test)]
 mod tests;
 
+mod scratch;
+
 use half::{bf16, f16};
 
 use crate::{
     Isa, Tier,
+    nf4::Nf4,
     parallel::{SharedMut, for_each},
+    q8::Q8,
     simd::{Element, portable::Portable},
 };
-use tile::{Panel, Widened, panel};
+use tile::{DenseRows, Panel, WeightRows, Widened, panel};
 
 /// A borrowed row-major weight `[N, K]`.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +34,10 @@ pub enum Matrix<'a> {
     F16(&'a [f16]),
     /// bf16 elements.
     Bf16(&'a [bf16]),
+    /// 4 bits an element, a scale for every 64.
+    Nf4(Nf4<'a>),
+    /// 8 bits an element, a scale for every 64 of a row.
+    Q8(Q8<'a>),
 }
 
 /// What the factors of a product are rounded to. Sums are always `f32`.
@@ -50,6 +60,8 @@ impl Matrix<'_> {
             Self::F32(data) => data.len(),
             Self::F16(data) => data.len(),
             Self::Bf16(data) => data.len(),
+            Self::Nf4(weight) => weight.len(),
+            Self::Q8(weight) => weight.len(),
         }
     }
 
@@ -97,6 +109,8 @@ pub fn linear(
                 job.bf16_panel(&x, &weight[first * k..(first + rows) * k], first);
             });
         }
+        (compute, Matrix::Nf4(weight)) => job.nf4(compute, x, weight),
+        (compute, Matrix::Q8(weight)) => job.q8(compute, x, weight),
     }
 }
 
@@ -138,8 +152,114 @@ impl Job<'_> {
         });
     }
 
+    fn nf4(&self, compute: Compute, x: &[f32], weight: Nf4<'_>) {
+        let k = self.k;
+        #[cfg(target_arch = "x86_64")]
+        if k.is_multiple_of(packed::STEP) && self.isa.tier() >= Tier::Avx512 {
+            let x = packed::evens_then_odds(x);
+            let blocks = k / packed::STEP;
+            return self.packed::<packed::Nf4Format, _>(compute, &x, |first, rows| packed::Nf4Rows {
+                codes: &weight.codes[first * k / 2..(first + rows) * k / 2],
+                scales: weight.scales.range(first * blocks, rows * blocks),
+                map: weight.map,
+                k,
+            });
+        }
+        self.unpacked(compute, x, |first, out| weight.read(first * k, out));
+    }
+
+    fn q8(&self, compute: Compute, x: &[f32], weight: Q8<'_>) {
+        let k = self.k;
+        #[cfg(target_arch = "x86_64")]
+        if k.is_multiple_of(packed::STEP) && self.isa.tier() >= Tier::Avx512 {
+            let blocks = k / packed::STEP;
+            return self.packed::<packed::Q8Format, _>(compute, x, |first, rows| packed::Q8Rows {
+                codes: &weight.codes[first * k..(first + rows) * k],
+                scales: &weight.scales[first * blocks..(first + rows) * blocks],
+                k,
+            });
+        }
+        self.unpacked(compute, x, |first, out| {
+            for (row, out) in out.chunks_exact_mut(k).enumerate() {
+                weight.read_row(first + row, out);
+            }
+        });
+    }
+
+    /// The plain way for packed weights: each panel is widened by `read(first row, values)`, then multiplied.
+    fn unpacked(&self, compute: Compute, x: &[f32], read: impl Fn(usize, &mut [f32]) + Sync + Send) {
+        let rounded = match compute {
+            Compute::F32 => Vec::new(),
+            Compute::Bf16 => round(x),
+        };
+        self.for_each_panel(|first, rows| {
+            scratch::with(&scratch::WIDENED, rows * self.k, |values| {
+                read(first, values);
+                match compute {
+                    Compute::F32 => self.widened_panel(x, values, first),
+                    Compute::Bf16 => self.round_then_multiply(&rounded, values, first),
+                }
+            });
+        });
+    }
+
+    /// Packed weights on AVX-512. `rows_of(first row, number of rows)` lends a panel.
+    #[cfg(target_arch = "x86_64")]
+    fn packed<F, R>(&self, compute: Compute, x: &[f32], rows_of: impl Fn(usize, usize) -> R + Sync + Send)
+    where
+        F: packed::Packed,
+        R: WeightRows<Row = F::Row>,
+    {
+        /// Rows of activations up to which weights are unpacked on their way into the products; for more, the
+        /// unpacking is worth doing once.
+        const FUSED_ROWS: usize = 4;
+        let has_pairs = self.isa.tier() == Tier::Avx512Bf16;
+        let rounded = match compute {
+            Compute::F32 => Vec::new(),
+            Compute::Bf16 => round(x),
+        };
+        self.for_each_panel(|first, rows| {
+            let w = rows_of(first, rows);
+            match compute {
+                Compute::F32 if self.m <= FUSED_ROWS => {
+                    // SAFETY: the tier is proven by the `Isa`; rows are whole blocks; panels do not overlap.
+                    unsafe { x86::packed_widened::<F>(&self.panel(x, &w, first)) }
+                }
+                Compute::Bf16 if self.m <= FUSED_ROWS && has_pairs => {
+                    // SAFETY: as above.
+                    unsafe { x86::packed_pairs::<F>(&self.panel(&rounded, &w, first)) }
+                }
+                Compute::Bf16 if has_pairs => scratch::with(&scratch::ROUNDED, rows * self.k, |pairs| {
+                    // SAFETY: as above; the scratch holds all rows.
+                    unsafe { packed::unpack_pairs::<F>(&w, self.k, pairs) };
+                    self.bf16_panel(&rounded, pairs, first);
+                }),
+                Compute::F32 => scratch::with(&scratch::WIDENED, rows * self.k, |values| {
+                    // SAFETY: as above; the scratch holds all rows.
+                    unsafe { packed::unpack_widened::<F>(&w, self.k, values) };
+                    self.widened_panel(x, values, first);
+                }),
+                Compute::Bf16 => scratch::with(&scratch::WIDENED, rows * self.k, |values| {
+                    // SAFETY: as above; the scratch holds all rows.
+                    unsafe { packed::unpack_widened::<F>(&w, self.k, values) };
+                    self.round_then_multiply(&rounded, values, first);
+                }),
+            }
+        });
+    }
+
+    /// Rounds a panel of widened weights and multiplies it.
+    fn round_then_multiply(&self, x: &[bf16], values: &[f32], first: usize) {
+        scratch::with(&scratch::ROUNDED, values.len(), |pairs| {
+            for (pair, value) in pairs.iter_mut().zip(values) {
+                *pair = bf16::from_f32(*value);
+            }
+            self.bf16_panel(x, pairs, first);
+        });
+    }
+
     fn widened_panel<X: Element, W: Element>(&self, x: &[X], w: &[W], first: usize) {
-        let p = self.panel(x, w, first);
+        let p = self.panel(x, DenseRows { data: w, k: self.k }, first);
         // SAFETY: an `Isa` of a tier exists only if the processor has it; panels do not overlap.
         unsafe {
             match self.isa.tier() {
@@ -158,14 +278,13 @@ impl Job<'_> {
         #[cfg(target_arch = "x86_64")]
         if self.isa.tier() == Tier::Avx512Bf16 {
             // SAFETY: an `Isa` of this tier exists only if the processor has it; panels do not overlap.
-            return unsafe { x86::avx512_bf16(&self.panel(x, w, first)) };
+            return unsafe { x86::avx512_bf16(&self.panel(x, DenseRows { data: w, k: self.k }, first)) };
         }
         self.widened_panel(x, w, first);
     }
 
-    fn panel<'a, X, W>(&'a self, x: &'a [X], w: &'a [W], first: usize) -> Panel<'a, X, W> {
-        let rows = w.len() / self.k;
-        let bias = self.bias.map(|bias| &bias[first..first + rows]);
+    fn panel<'a, X, R: WeightRows>(&'a self, x: &'a [X], w: R, first: usize) -> Panel<'a, X, R> {
+        let bias = self.bias.map(|bias| &bias[first..first + w.count()]);
         Panel { x, w, k: self.k, bias, out: self.out, n: self.n, first }
     }
 }
@@ -175,13 +294,16 @@ impl Job<'_> {
 mod x86 {
     use half::bf16;
 
-    use super::tile::{Pairs, Panel, Widened, panel};
+    use super::{
+        packed::{Packed, PackedPairs, PackedWidened},
+        tile::{DenseRows, Pairs, Panel, WeightRows, Widened, panel},
+    };
     use crate::simd::{Element, avx2::Avx2, avx512::Avx512};
 
     /// # Safety
     /// As [`panel`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn avx2<X: Element, W: Element>(p: &Panel<'_, X, W>) {
+    pub(super) unsafe fn avx2<X: Element, W: Element>(p: &Panel<'_, X, DenseRows<'_, W>>) {
         // SAFETY: passed on.
         unsafe { panel::<Widened<Avx2, X, W>, 3, 4>(p) }
     }
@@ -189,15 +311,31 @@ mod x86 {
     /// # Safety
     /// As [`panel`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub(super) unsafe fn avx512<X: Element, W: Element>(p: &Panel<'_, X, W>) {
+    pub(super) unsafe fn avx512<X: Element, W: Element>(p: &Panel<'_, X, DenseRows<'_, W>>) {
         // SAFETY: passed on.
         unsafe { panel::<Widened<Avx512, X, W>, 5, 5>(p) }
     }
 
     /// # Safety
+    /// As [`panel`]; `k` is a multiple of 64.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    pub(super) unsafe fn packed_widened<F: Packed>(p: &Panel<'_, f32, &impl WeightRows<Row = F::Row>>) {
+        // SAFETY: passed on.
+        unsafe { panel::<PackedWidened<F>, 4, 4>(p) }
+    }
+
+    /// # Safety
+    /// As [`panel`]; `k` is a multiple of 64.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    pub(super) unsafe fn packed_pairs<F: Packed>(p: &Panel<'_, bf16, &impl WeightRows<Row = F::Row>>) {
+        // SAFETY: passed on.
+        unsafe { panel::<PackedPairs<F>, 4, 4>(p) }
+    }
+
+    /// # Safety
     /// As [`panel`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-    pub(super) unsafe fn avx512_bf16(p: &Panel<'_, bf16, bf16>) {
+    pub(super) unsafe fn avx512_bf16(p: &Panel<'_, bf16, DenseRows<'_, bf16>>) {
         // SAFETY: passed on.
         unsafe { panel::<Pairs, 5, 5>(p) }
     }

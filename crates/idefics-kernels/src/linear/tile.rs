@@ -12,13 +12,13 @@ use crate::{
 /// A dot product along `K`, a vector step at a time.
 ///
 /// # Safety
-/// Methods need the instruction set of the implementing type; pointers must be readable for `STEP` (or `n`)
-/// elements.
+/// Methods need the instruction set of the implementing type; pointers and rows must be readable for `STEP` (or
+/// `n`) elements.
 pub(crate) unsafe trait Dot {
     /// Element of the activations.
     type X: Copy + Sync;
-    /// Element of the weight.
-    type W: Copy + Sync;
+    /// Where a weight row starts.
+    type Row: Copy;
     /// A register of activations.
     type XV: Copy;
     /// A register of weights.
@@ -31,8 +31,10 @@ pub(crate) unsafe trait Dot {
     unsafe fn zero() -> Self::Sums;
     unsafe fn load_x(from: *const Self::X) -> Self::XV;
     unsafe fn load_x_head(from: *const Self::X, n: usize) -> Self::XV;
-    unsafe fn load_w(from: *const Self::W) -> Self::WV;
-    unsafe fn load_w_head(from: *const Self::W, n: usize) -> Self::WV;
+    /// Elements `at..at + STEP` of a weight row.
+    unsafe fn load_w(row: Self::Row, at: usize) -> Self::WV;
+    /// Elements `at..at + n` of a weight row, zeros behind.
+    unsafe fn load_w_head(row: Self::Row, at: usize, n: usize) -> Self::WV;
     unsafe fn step(sums: Self::Sums, x: Self::XV, w: Self::WV) -> Self::Sums;
     unsafe fn sum(sums: Self::Sums) -> f32;
 }
@@ -43,7 +45,7 @@ pub(crate) struct Widened<S, X, W>(PhantomData<(S, X, W)>);
 // SAFETY: forwards to `Simd` and `Element` under the same contract.
 unsafe impl<S: Simd, X: Element, W: Element> Dot for Widened<S, X, W> {
     type X = X;
-    type W = W;
+    type Row = *const W;
     type XV = S::V;
     type WV = S::V;
     type Sums = S::V;
@@ -65,14 +67,14 @@ unsafe impl<S: Simd, X: Element, W: Element> Dot for Widened<S, X, W> {
         unsafe { X::load_head::<S>(from, n) }
     }
     #[inline(always)]
-    unsafe fn load_w(from: *const W) -> S::V {
+    unsafe fn load_w(row: *const W, at: usize) -> S::V {
         // SAFETY: same contract.
-        unsafe { W::load::<S>(from) }
+        unsafe { W::load::<S>(row.add(at)) }
     }
     #[inline(always)]
-    unsafe fn load_w_head(from: *const W, n: usize) -> S::V {
+    unsafe fn load_w_head(row: *const W, at: usize, n: usize) -> S::V {
         // SAFETY: same contract.
-        unsafe { W::load_head::<S>(from, n) }
+        unsafe { W::load_head::<S>(row.add(at), n) }
     }
     #[inline(always)]
     unsafe fn step(sums: S::V, x: S::V, w: S::V) -> S::V {
@@ -94,7 +96,7 @@ pub(crate) struct Pairs;
 // SAFETY: forwards to the AVX-512 BF16 wrappers under the same contract.
 unsafe impl Dot for Pairs {
     type X = bf16;
-    type W = bf16;
+    type Row = *const bf16;
     type XV = std::arch::x86_64::__m512bh;
     type WV = std::arch::x86_64::__m512bh;
     type Sums = std::arch::x86_64::__m512;
@@ -116,14 +118,14 @@ unsafe impl Dot for Pairs {
         unsafe { crate::simd::avx512::load_pairs_head(from, n) }
     }
     #[inline(always)]
-    unsafe fn load_w(from: *const bf16) -> Self::WV {
+    unsafe fn load_w(row: *const bf16, at: usize) -> Self::WV {
         // SAFETY: same contract.
-        unsafe { crate::simd::avx512::load_pairs(from) }
+        unsafe { crate::simd::avx512::load_pairs(row.add(at)) }
     }
     #[inline(always)]
-    unsafe fn load_w_head(from: *const bf16, n: usize) -> Self::WV {
+    unsafe fn load_w_head(row: *const bf16, at: usize, n: usize) -> Self::WV {
         // SAFETY: same contract.
-        unsafe { crate::simd::avx512::load_pairs_head(from, n) }
+        unsafe { crate::simd::avx512::load_pairs_head(row.add(at), n) }
     }
     #[inline(always)]
     unsafe fn step(sums: Self::Sums, x: Self::XV, w: Self::WV) -> Self::Sums {
@@ -137,12 +139,58 @@ unsafe impl Dot for Pairs {
     }
 }
 
+/// Weight rows that a tile can start at.
+pub(crate) trait WeightRows {
+    /// Where one row starts.
+    type Row: Copy;
+    /// Number of rows.
+    fn count(&self) -> usize;
+    /// Row `index`, which is below `count`.
+    fn row(&self, index: usize) -> Self::Row;
+}
+
+impl<R: WeightRows> WeightRows for &R {
+    type Row = R::Row;
+
+    #[inline(always)]
+    fn count(&self) -> usize {
+        (*self).count()
+    }
+
+    #[inline(always)]
+    fn row(&self, index: usize) -> R::Row {
+        (*self).row(index)
+    }
+}
+
+/// Rows of `k` elements, one after the other.
+pub(crate) struct DenseRows<'a, W> {
+    /// `[rows, K]`.
+    pub(crate) data: &'a [W],
+    /// Elements of a row.
+    pub(crate) k: usize,
+}
+
+impl<W> WeightRows for DenseRows<'_, W> {
+    type Row = *const W;
+
+    #[inline(always)]
+    fn count(&self) -> usize {
+        self.data.len() / self.k
+    }
+
+    #[inline(always)]
+    fn row(&self, index: usize) -> *const W {
+        self.data[index * self.k..(index + 1) * self.k].as_ptr()
+    }
+}
+
 /// One thread's share: all rows of `x` against a run of weight rows.
-pub(crate) struct Panel<'a, X, W> {
+pub(crate) struct Panel<'a, X, R> {
     /// Activations `[M, K]`.
     pub(crate) x: &'a [X],
-    /// Weight rows of this panel `[rows, K]`.
-    pub(crate) w: &'a [W],
+    /// Weight rows of this panel.
+    pub(crate) w: R,
     /// The inner dimension.
     pub(crate) k: usize,
     /// Added to each output column of this panel, if any: `[rows]`.
@@ -159,9 +207,12 @@ pub(crate) struct Panel<'a, X, W> {
 ///
 /// # Safety
 /// - The processor has the instruction set of `D`.
+/// - Every row of the panel's weight can be loaded by `D` up to `k` elements.
 /// - No other thread touches columns `first..first + rows` of the output meanwhile.
 #[inline(always)]
-pub(crate) unsafe fn panel<D: Dot, const MR: usize, const NR: usize>(p: &Panel<'_, D::X, D::W>) {
+pub(crate) unsafe fn panel<D: Dot, const MR: usize, const NR: usize>(
+    p: &Panel<'_, D::X, impl WeightRows<Row = D::Row>>,
+) {
     let m = p.x.len() / p.k;
     let mut row = 0;
     while row < m {
@@ -184,13 +235,16 @@ pub(crate) unsafe fn panel<D: Dot, const MR: usize, const NR: usize>(p: &Panel<'
 /// # Safety
 /// As [`panel`]; `row + MR` rows of activations exist.
 #[inline(always)]
-unsafe fn strip<D: Dot, const MR: usize, const NR: usize>(p: &Panel<'_, D::X, D::W>, row: usize) {
-    let rows = p.w.len() / p.k;
-    let x: [*const D::X; MR] = std::array::from_fn(|i| p.x[(row + i) * p.k..].as_ptr());
+unsafe fn strip<D: Dot, const MR: usize, const NR: usize>(
+    p: &Panel<'_, D::X, impl WeightRows<Row = D::Row>>,
+    row: usize,
+) {
+    let rows = p.w.count();
+    let x: [*const D::X; MR] = std::array::from_fn(|i| p.x[(row + i) * p.k..(row + i + 1) * p.k].as_ptr());
     let mut col = 0;
     while col < rows {
         // Past the last row the tile repeats it; the doubled results are dropped below.
-        let w: [*const D::W; NR] = std::array::from_fn(|j| p.w[(col + j).min(rows - 1) * p.k..].as_ptr());
+        let w: [D::Row; NR] = std::array::from_fn(|j| p.w.row((col + j).min(rows - 1)));
         // SAFETY: each pointer starts a row of `k` elements.
         let tile = unsafe { tile::<D, MR, NR>(x, w, p.k) };
         for (i, sums) in tile.iter().enumerate() {
@@ -207,11 +261,11 @@ unsafe fn strip<D: Dot, const MR: usize, const NR: usize>(p: &Panel<'_, D::X, D:
 /// `MR × NR` dot products of length `k`.
 ///
 /// # Safety
-/// The processor has the instruction set of `D`; each pointer can be read for `k` elements.
+/// The processor has the instruction set of `D`; each row can be read for `k` elements.
 #[inline(always)]
 pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
     x: [*const D::X; MR],
-    w: [*const D::W; NR],
+    w: [D::Row; NR],
     k: usize,
 ) -> [[f32; NR]; MR] {
     // SAFETY: all loads stay below `k`, by the loop conditions.
@@ -219,7 +273,11 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
         let mut sums = [[D::zero(); NR]; MR];
         let mut at = 0;
         while at + D::STEP <= k {
-            let wv: [D::WV; NR] = std::array::from_fn(|j| D::load_w(w[j].add(at)));
+            // Not a closure: one that is not inlined would compile without the instruction set.
+            let mut wv = [D::load_w(w[0], at); NR];
+            for j in 1..NR {
+                wv[j] = D::load_w(w[j], at);
+            }
             for i in 0..MR {
                 let xv = D::load_x(x[i].add(at));
                 for j in 0..NR {
@@ -232,10 +290,16 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
             for i in 0..MR {
                 let xv = D::load_x_head(x[i].add(at), k - at);
                 for j in 0..NR {
-                    sums[i][j] = D::step(sums[i][j], xv, D::load_w_head(w[j].add(at), k - at));
+                    sums[i][j] = D::step(sums[i][j], xv, D::load_w_head(w[j], at, k - at));
                 }
             }
         }
-        std::array::from_fn(|i| std::array::from_fn(|j| D::sum(sums[i][j])))
+        let mut out = [[0.0; NR]; MR];
+        for i in 0..MR {
+            for j in 0..NR {
+                out[i][j] = D::sum(sums[i][j]);
+            }
+        }
+        out
     }
 }

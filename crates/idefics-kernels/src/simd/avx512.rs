@@ -7,6 +7,7 @@ use std::arch::x86_64::{
     _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
     _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_epi16,
     _mm512_maskz_loadu_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    _mm512_storeu_si512,
 };
 
 use half::{bf16, f16};
@@ -118,4 +119,14 @@ pub(crate) unsafe fn load_pairs_head(from: *const bf16, n: usize) -> __m512bh {
 pub(crate) unsafe fn dot_pairs(sums: __m512, a: __m512bh, b: __m512bh) -> __m512 {
     // SAFETY: the contract above.
     unsafe { _mm512_dpbf16_ps(sums, a, b) }
+}
+
+/// Writes 32 bf16 elements.
+///
+/// # Safety
+/// AVX-512 F, and 32 elements can be written.
+#[inline(always)]
+pub(crate) unsafe fn store_pairs(to: *mut bf16, value: __m512bh) {
+    // SAFETY: the contract above; both types are 512 bits without invalid patterns.
+    unsafe { _mm512_storeu_si512(to.cast::<__m512i>(), std::mem::transmute::<__m512bh, __m512i>(value)) }
 }

@@ -45,11 +45,13 @@ impl IdeficsConfig {
         let tokens = workload.context as u128 * workload.batch as u128;
         let pictures = workload.images as u128 * workload.batch as u128;
         // Vectors that the text model sees, of all pictures: [N·L].
-        let vectors = pictures * self.image_seq_len() as u128 * workload.compute.size() as u128;
+        let vectors = pictures * self.image_seq_len() as u128;
+        let values = (2 * self.num_cross_layers() * self.hidden_size * workload.compute.size()) as u128;
         Memory {
             kv_cache: tokens * self.kv_bytes_per_token(workload.compute),
-            cross_attention: vectors * (2 * self.num_cross_layers() * self.hidden_size) as u128,
-            image_states: vectors * self.image_dim() as u128,
+            cross_attention: vectors * values,
+            // Between products everything is f32, these states too.
+            image_states: vectors * (self.image_dim() * DType::F32.size()) as u128,
         }
     }
 }
@@ -69,12 +71,12 @@ mod tests {
         };
         let workload = Workload { context: 2048, batch: 2, images: 3, compute: DType::Bf16 };
         let memory = config.memory(workload);
-        // 512 KiB a token; 64 · 1280 values of two bytes an image; 8 blocks of 64 · 4096 keys and as many values.
+        // 512 KiB a token; 64 · 1280 values of four bytes an image; 8 blocks of 64 · 4096 keys and as many values.
         assert_eq!(config.kv_bytes_per_token(DType::Bf16), 512 << 10);
         assert_eq!(memory.kv_cache, 2 << 30);
-        assert_eq!(memory.image_states, 6 * 64 * 1280 * 2);
+        assert_eq!(memory.image_states, 6 * 64 * 1280 * 4);
         assert_eq!(memory.cross_attention, 6 * (8 << 20));
         let wide = config.memory(Workload { compute: DType::F32, ..workload });
-        assert_eq!(wide.total(), 2 * memory.total());
+        assert_eq!(wide.total(), 2 * memory.total() - memory.image_states);
     }
 }

@@ -128,9 +128,7 @@ impl IdeficsConfig {
         positive("rms_norm_eps", self.rms_norm_eps)?;
         not_negative("initializer_range", self.initializer_range)?;
         not_negative("alphas_initializer_range", self.alphas_initializer_range)?;
-        if !(0.0..1.0).contains(&self.dropout) {
-            return Err(bad_number("dropout", self.dropout, "0 or more and less than 1"));
-        }
+        dropout("dropout", self.dropout)?;
         positive("rope_parameters.rope_theta", self.rope_theta())?;
         one_of(
             "alpha_initializer",
@@ -194,7 +192,10 @@ impl VisionConfig {
             "`vision_config.num_attention_heads`",
         )?;
         multiple("vision_config.image_size", self.image_size, self.patch_size, "`vision_config.patch_size`")?;
-        positive("vision_config.layer_norm_eps", self.layer_norm_eps)
+        positive("vision_config.layer_norm_eps", self.layer_norm_eps)?;
+        dropout("vision_config.attention_dropout", self.attention_dropout)?;
+        not_negative("vision_config.initializer_range", self.initializer_range)?;
+        not_negative("vision_config.initializer_factor", self.initializer_factor)
     }
 }
 
@@ -227,6 +228,14 @@ fn positive(field: &'static str, value: f64) -> Result<(), ConfigError> {
 
 fn not_negative(field: &'static str, value: f64) -> Result<(), ConfigError> {
     if value == 0.0 { Ok(()) } else { positive(field, value) }
+}
+
+fn dropout(field: &'static str, value: f64) -> Result<(), ConfigError> {
+    if (0.0..1.0).contains(&value) {
+        Ok(())
+    } else {
+        Err(bad_number(field, value, "0 or more and less than 1"))
+    }
 }
 
 fn bad_number(field: &'static str, value: f64, expected: &'static str) -> ConfigError {

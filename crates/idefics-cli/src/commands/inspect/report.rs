@@ -6,6 +6,7 @@ use anyhow::Context;
 use idefics::{
     checkpoint::{Checkpoint, Component, DType, NonFinite, Weight, expected_tensors},
     config::{IdeficsConfig, Memory, Workload},
+    processor::SpecialToken,
 };
 use idefics_kernels::Isa;
 use indicatif::{HumanBytes, HumanCount};
@@ -23,7 +24,7 @@ pub(super) struct Report {
     parameters: u64,
     /// Tensors that are stored, but not used.
     ignored: Vec<String>,
-    pub(super) special_tokens: BTreeMap<String, u32>,
+    special_tokens: Vec<TokenReport>,
     cpu: CpuReport,
     pub(super) memory: MemoryReport,
     pub(super) values: Option<ValuesReport>,
@@ -47,6 +48,14 @@ struct ComponentReport {
     bytes: u64,
     /// Parameters by element type.
     dtypes: BTreeMap<String, u64>,
+}
+
+/// A token with a meaning of its own.
+#[derive(Serialize)]
+struct TokenReport {
+    role: &'static str,
+    token: String,
+    id: u32,
 }
 
 #[derive(Serialize)]
@@ -132,7 +141,7 @@ impl Report {
             parameters: components.iter().map(|component| component.parameters).sum(),
             components,
             ignored: Vec::new(),
-            special_tokens: BTreeMap::new(),
+            special_tokens: Vec::new(),
             cpu: CpuReport {
                 kernels: Isa::best().tier().to_string(),
                 available: Isa::available().map(|isa| isa.tier().to_string()).collect(),
@@ -161,6 +170,16 @@ impl Report {
         }
         self.ignored.clone_from(&checkpoint.ignored);
         Ok(())
+    }
+
+    /// Adds special tokens with their roles.
+    pub(super) fn add_special_tokens<'a>(
+        &mut self,
+        tokens: impl Iterator<Item = (&'static str, &'a SpecialToken)>,
+    ) {
+        let report =
+            |(role, token): (_, &SpecialToken)| TokenReport { role, token: token.text.clone(), id: token.id };
+        self.special_tokens.extend(tokens.map(report));
     }
 
     /// Bytes of all weights together; tied heads count once more, as they are looked at once more.
@@ -194,9 +213,9 @@ impl fmt::Display for Report {
             writeln!(f, "  {} stored buffers of old versions are not used", self.ignored.len())?;
         }
         if !self.special_tokens.is_empty() {
-            writeln!(f, "\nadded tokens")?;
-            for (token, id) in &self.special_tokens {
-                writeln!(f, "  {id:>6}  {}", token.escape_debug())?;
+            writeln!(f, "\nspecial tokens")?;
+            for TokenReport { role, token, id } in &self.special_tokens {
+                writeln!(f, "  {id:>6}  {:<26}  {role}", token.escape_debug().to_string())?;
             }
         }
         writeln!(f, "\nthis processor")?;
@@ -251,7 +270,7 @@ impl Report {
         )?;
         writeln!(
             f,
-            "  gated      {} cross-attention blocks, one before every {} layers, query and key norms {}, gates by {}",
+            "  gated      {} cross-attention blocks (interval {}), query and key norms {}, gates by {}",
             config.num_cross_layers(),
             config.cross_layer_interval,
             on(config.qk_layer_norms),

