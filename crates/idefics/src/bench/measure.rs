@@ -175,7 +175,8 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
     let (read, bf16) = (read.median(), bf16.median());
     let (bytes, parameters) = (model.step_weight_bytes() as f64, model.step_parameters() as f64);
     let decode = decode.iter().enumerate().map(|(index, samples)| {
-        let (batch, images) = (plan.batches[index / plan.images.len()], plan.images[index % plan.images.len()]);
+        let (batch, images) =
+            (plan.batches[index / plan.images.len()], plan.images[index % plan.images.len()]);
         let steps_per_s = 1.0 / samples.median();
         Decode {
             batch,
@@ -225,8 +226,12 @@ fn prefilled(model: &Model, images: &[Arc<ImageStates>], tokens: usize) -> Resul
     let token_ids: Vec<u32> = (0..tokens).map(|i| (i * 37 % model.config().vocab_size) as u32).collect();
     let image_index: Vec<_> =
         (0..tokens).map(|i| (!images.is_empty()).then(|| (i * images.len() / tokens) as u32)).collect();
-    let row =
-        Row { cache: &mut cache, token_ids: &token_ids, image_index: &image_index, logits: LogitsOf::Nothing };
+    let row = Row {
+        cache: &mut cache,
+        token_ids: &token_ids,
+        image_index: &image_index,
+        logits: LogitsOf::Nothing,
+    };
     model.forward(&mut [row])?;
     Ok(cache)
 }
@@ -249,10 +254,10 @@ fn time_decode(model: &Model, cache: &SequenceCache, batch: usize, steps: usize)
     let mut caches = vec![cache.clone(); batch];
     let image_index = [cache.images().len().checked_sub(1).map(|last| last as u32)];
     let mut step = |id: u32| {
+        let ids = [id];
         let mut rows: Vec<_> = caches
             .iter_mut()
-            .map(|cache| Row { cache, token_ids: &[id], image_index: &image_index, logits: LogitsOf::Last })
-            .map(|row| Row { token_ids: std::slice::from_ref(&id), ..row })
+            .map(|cache| Row { cache, token_ids: &ids, image_index: &image_index, logits: LogitsOf::Last })
             .collect();
         model.step(&mut rows).map(drop)
     };
@@ -267,7 +272,8 @@ fn time_decode(model: &Model, cache: &SequenceCache, batch: usize, steps: usize)
 /// Multiplications and additions of the tower for one picture.
 fn vision_flops(config: &IdeficsConfig) -> f64 {
     let vision = &config.vision_config;
-    let [tokens, width, inner] = [vision.num_positions(), vision.embed_dim, vision.intermediate_size].map(|n| n as f64);
+    let [tokens, width, inner] =
+        [vision.num_positions(), vision.embed_dim, vision.intermediate_size].map(|n| n as f64);
     let linear = tokens * (4.0 * width * width + 2.0 * width * inner);
     let attention = 2.0 * tokens * tokens * width;
     let patches = tokens * width * (vision.num_channels * vision.patch_size.pow(2)) as f64;
@@ -285,8 +291,13 @@ mod tests {
 
     #[test]
     fn a_small_model_gives_a_full_report_in_every_format() {
-        let vision_config =
-            VisionConfig { embed_dim: 64, image_size: 28, intermediate_size: 64, num_hidden_layers: 1, ..Default::default() };
+        let vision_config = VisionConfig {
+            embed_dim: 64,
+            image_size: 28,
+            intermediate_size: 64,
+            num_hidden_layers: 1,
+            ..Default::default()
+        };
         let perceiver_config = PerceiverConfig { resampler_depth: 1, ..Default::default() };
         let config = IdeficsConfig {
             vocab_size: 50,
@@ -299,10 +310,18 @@ mod tests {
             perceiver_config,
             ..IdeficsConfig::default()
         };
-        let plan = Plan { prefill: vec![8], batches: vec![1, 3], images: vec![0, 2], rounds: 1, steps: 1, context: 4 };
+        let plan = Plan {
+            prefill: vec![8],
+            batches: vec![1, 3],
+            images: vec![0, 2],
+            rounds: 1,
+            steps: 1,
+            context: 4,
+        };
         for format in [Format::F32, Format::Bf16, Format::Q8, Format::Nf4] {
             let ctx = Context { isa: Isa::best(), compute: Compute::Bf16 };
-            let model = Model::new(config.clone(), &RandomWeights::new(&config, format), ctx).expect("a model");
+            let model =
+                Model::new(config.clone(), &RandomWeights::new(&config, format), ctx).expect("a model");
             let report = run(&model, &plan, &mut |_| ()).expect("a report");
             assert_eq!((report.decode.len(), report.prefill.len()), (4, 1));
             assert_eq!((report.decode[3].batch, report.decode[3].images), (3, 2));

@@ -51,7 +51,11 @@ pub fn shape(name: &str) -> Option<IdeficsConfig> {
         qk_layer_norms: true,
         use_resampler: true,
         alpha_type: AlphaType::Float,
-        vision_config: VisionConfig { embed_dim: 1280, hidden_act: Activation::Gelu, ..VisionConfig::default() },
+        vision_config: VisionConfig {
+            embed_dim: 1280,
+            hidden_act: Activation::Gelu,
+            ..VisionConfig::default()
+        },
         perceiver_config: PerceiverConfig { qk_layer_norms_perceiver: true, ..PerceiverConfig::default() },
         ..IdeficsConfig::default()
     })
@@ -125,7 +129,8 @@ mod tests {
     fn the_shapes_have_the_published_parameter_counts() {
         for (name, parameters) in [("9b", 8_929_679_632), ("80b", 79_967_843_624)] {
             let config = shape(name).expect("a published size");
-            let total: usize = expected_tensors(&config).iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            let total: usize =
+                expected_tensors(&config).iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
             assert_eq!(total, parameters, "{name}");
         }
         assert_eq!(shape("7b"), None);
