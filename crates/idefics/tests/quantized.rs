@@ -6,9 +6,12 @@ use std::{path::Path, sync::Arc};
 use half::{bf16, f16};
 use idefics::{
     ComputeType, Idefics, LoadOptions, SequenceInputs,
+    checkpoint::{Checkpoint, Part},
     generate::{LogitsOf, Row, StepModel},
+    model::Model,
+    ops::{Compute, Context, Isa},
     processor::PixelValues,
-    quantize::{Format, Quantizer, Recipe},
+    quantize::{Format, Quantizer, Recipe, quantize_weights},
 };
 use idefics_kernels::{nested, nf4};
 use idefics_testing::{Tensors, assert_close, fixture, fixture_json, golden_fill, tolerance};
@@ -59,6 +62,69 @@ fn codes_and_scales_are_those_of_bitsandbytes_bit_for_bit() {
         assert_eq!(f64::from(nested.offset), case["nested_offset"], "{what}: mean of the scales");
         assert_eq!(digest_f32(&nested.absmax), case["nested_absmax"], "{what}: scales of the scales");
         assert_eq!(digest(&nested.codes), case["nested_codes"], "{what}: codes of the scales");
+    }
+}
+
+/// The wide fixture in every packed form, on every tier, in both types: all its linear layers are whole blocks.
+fn wide_models() -> impl Iterator<Item = (String, Model)> {
+    FORMATS.into_iter().flat_map(|format| {
+        let checkpoint = Checkpoint::open(fixture("tiny-nf4")).expect("a sound checkpoint");
+        let mut weights = checkpoint.weights.clone();
+        for (name, weight) in checkpoint.weights.iter_packed() {
+            weights.insert(name, weight.to_dense());
+        }
+        let parts = Part::ALL.into_iter().collect();
+        quantize_weights(&mut weights, &Recipe { format, parts }).expect("packed weights");
+        let config = checkpoint.config;
+        let computes = [Compute::F32, Compute::Bf16];
+        let contexts = computes
+            .into_iter()
+            .flat_map(|compute| Isa::available().map(move |isa| Context { isa, compute }));
+        contexts.map(move |ctx| {
+            let model = Model::new(config.clone(), &weights, ctx).expect("a model");
+            (format!("{format} {} {:?}", ctx.isa.tier(), ctx.compute), model)
+        })
+    })
+}
+
+/// Logits of a sequence after each of its tokens, fed in chunks together with others.
+fn in_chunks(model: &Model, inputs: &[SequenceInputs], chunk: usize) -> Vec<Vec<f32>> {
+    let mut caches: Vec<_> = inputs.iter().map(|inputs| model.start(inputs).expect("image states")).collect();
+    let mut all = vec![Vec::new(); inputs.len()];
+    let longest = inputs.iter().map(|inputs| inputs.token_ids.len()).max().unwrap_or(0);
+    for start in (0..longest).step_by(chunk) {
+        let mut rows: Vec<_> = inputs
+            .iter()
+            .zip(&mut caches)
+            .map(|(inputs, cache)| {
+                let n = inputs.token_ids.len();
+                let range = start.min(n)..(start + chunk).min(n);
+                let (token_ids, image_index) = (&inputs.token_ids[range.clone()], &inputs.image_index[range]);
+                Row { cache, token_ids, image_index, logits: LogitsOf::All }
+            })
+            .collect();
+        for (all, new) in all.iter_mut().zip(model.step(&mut rows).expect("logits")) {
+            all.extend(new);
+        }
+    }
+    all
+}
+
+/// Few rows go through fused products and many through unpacked panels: the bits must be the same.
+#[test]
+fn batches_chunks_and_threads_do_not_change_a_bit() {
+    let inputs: Vec<SequenceInputs> = cases("tiny-nf4").into_iter().map(|(inputs, _)| inputs).collect();
+    for (name, model) in wide_models() {
+        let whole = in_chunks(&model, &inputs, 100);
+        for (index, input) in inputs.iter().enumerate() {
+            let alone = in_chunks(&model, std::slice::from_ref(input), 100);
+            assert_eq!(alone[0], whole[index], "{name}, sequence {index} alone");
+        }
+        for chunk in [1, 2, 5] {
+            assert_eq!(in_chunks(&model, &inputs, chunk), whole, "{name}, chunks of {chunk}");
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread pool");
+        assert_eq!(pool.install(|| in_chunks(&model, &inputs, 100)), whole, "{name}, one thread");
     }
 }
 
@@ -129,12 +195,22 @@ fn cases(name: &str) -> Vec<(SequenceInputs, Vec<f32>)> {
 #[test]
 fn directories_of_bitsandbytes_give_the_logits_of_transformers() {
     for name in ["tiny-nf4", "tiny-nf4-plain"] {
-        let model = open(&fixture(name), None);
         let (inputs, expected): (Vec<_>, Vec<_>) = cases(name).into_iter().unzip();
-        for (got, expected) in logits(&model, &inputs).iter().zip(&expected) {
-            assert_close(name, got, expected, tolerance::LOGITS);
-            let divergence = divergence(got, expected, 93);
-            assert!(divergence < 1e-9, "{name}: mean KL divergence {divergence:e}");
+        for isa in Isa::available() {
+            let checkpoint = Checkpoint::open(fixture(name)).expect("a sound checkpoint");
+            let model = |compute| {
+                Model::new(checkpoint.config.clone(), &checkpoint.weights, Context { isa, compute })
+                    .expect("a model")
+            };
+            let what = format!("{name} {}", isa.tier());
+            for (got, expected) in in_chunks(&model(Compute::F32), &inputs, 100).iter().zip(&expected) {
+                assert_close(&what, got, expected, tolerance::LOGITS);
+                let divergence = divergence(got, expected, 93);
+                assert!(divergence < 1e-9, "{what}: mean KL divergence {divergence:e}");
+            }
+            for (got, expected) in in_chunks(&model(Compute::Bf16), &inputs, 100).iter().zip(&expected) {
+                assert_close(&format!("{what} bf16"), got, expected, tolerance::BF16_LOGITS);
+            }
         }
     }
 }

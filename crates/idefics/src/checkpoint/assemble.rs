@@ -278,14 +278,13 @@ impl State {
             return setting("dtype", "float32, float16 or bfloat16", &self.dtype);
         }
         match (self.nested_offset, self.nested_blocksize) {
-            (None, None) => {}
             (Some(_), Some(size)) if size != nf4::NESTED_BLOCK as u64 => {
                 return setting("nested_blocksize", "256", &size);
             }
             (Some(offset), Some(_)) if !(offset as f32).is_finite() => {
                 return setting("nested_offset", "a finite number", &offset);
             }
-            (Some(_), Some(_)) => {}
+            (Some(_), Some(_)) | (None, None) => {}
             (None, Some(_)) => return setting("nested_offset", "a number", &"missing"),
             (Some(_), None) => return setting("nested_blocksize", "256", &"missing"),
         }

@@ -50,7 +50,7 @@ pub(super) fn check(
     check_additional_vocab(weights, config)?;
     let mismatch = compare(weights, unsound, config);
     if mismatch != Mismatch::default() {
-        return Err(CheckpointError::Mismatch(mismatch));
+        return Err(CheckpointError::Mismatch(Box::new(mismatch)));
     }
     if config.tie_word_embeddings {
         // As the reference does, the embedding wins over a head that the file may hold as well.
@@ -104,7 +104,7 @@ fn compare(weights: &Weights, unsound: Vec<(String, PackedError)>, config: &Idef
                 mismatch.wrong_shape.push(WrongShape { name: name.clone(), expected, got });
             }
             Some(_) if is_packed && Part::of_linear(&name).is_none() => {
-                mismatch.not_linear.push(name.clone())
+                mismatch.not_linear.push(name.clone());
             }
             Some(_) => {}
         }

@@ -160,7 +160,7 @@ pub enum CheckpointError {
     },
     /// Tensors that the configuration does not call for, or calls for in vain.
     #[error("the tensors do not fit the configuration: {0}")]
-    Mismatch(Mismatch),
+    Mismatch(Box<Mismatch>),
     /// A weight was asked for that is not there; impossible after a successful check.
     #[error("no tensor `{name}`")]
     NoSuchTensor {

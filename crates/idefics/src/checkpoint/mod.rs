@@ -108,10 +108,10 @@ pub(crate) fn read_packed_file(path: &Path, format: Option<Format>) -> Result<We
         Format::Nf4 | Format::Nf4DoubleQuant => Scheme::Nf4,
         Format::Q8 => Scheme::Q8,
     }))?;
-    match unsound.is_empty() {
-        true => Ok(gathered.weights),
-        false => Err(CheckpointError::Mismatch(Mismatch { unsound, ..Mismatch::default() })),
+    if unsound.is_empty() {
+        return Ok(gathered.weights);
     }
+    Err(CheckpointError::Mismatch(Box::new(Mismatch { unsound, ..Mismatch::default() })))
 }
 
 /// Reads and validates `config.json`.

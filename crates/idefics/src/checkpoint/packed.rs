@@ -68,7 +68,10 @@ pub struct Q8Weight {
     pub(super) scales: Weight,
 }
 
-const IS_F32: &str = "scales are made as f32 only";
+/// The numbers of scales, which are made as `f32` only.
+fn numbers(scales: &Weight) -> &[f32] {
+    scales.as_f32().expect("scales are made as f32 only")
+}
 
 impl Nf4Weight {
     /// A weight of codes and scales as [`nf4::quantize`] gives them.
@@ -88,7 +91,7 @@ impl Nf4Weight {
         let scales = match &self.scales {
             Nf4Scales::Nested { .. } => self.scales.clone(),
             Nf4Scales::Plain(scales) => {
-                let nested = nested::quantize(scales.as_f32().expect(IS_F32));
+                let nested = nested::quantize(numbers(scales));
                 let groups = nested.absmax.len();
                 Nf4Scales::Nested {
                     codes: nested.codes.into(),
@@ -109,9 +112,9 @@ impl Nf4Weight {
     /// What the kernels read.
     pub fn view(&self) -> Nf4<'_> {
         let scales = match &self.scales {
-            Nf4Scales::Plain(scales) => Scales::Plain(scales.as_f32().expect(IS_F32)),
+            Nf4Scales::Plain(scales) => Scales::Plain(numbers(scales)),
             Nf4Scales::Nested { codes, map, absmax, offset } => {
-                Scales::Nested { codes, map, absmax: absmax.as_f32().expect(IS_F32), offset: *offset }
+                Scales::Nested { codes, map, absmax: numbers(absmax), offset: *offset }
             }
         };
         Nf4 { codes: &self.codes, scales, map: &CODE_VALUES }
@@ -132,7 +135,7 @@ impl Q8Weight {
 
     /// What the kernels read.
     pub fn view(&self) -> Q8<'_> {
-        Q8 { codes: bytemuck::cast_slice(&self.codes), scales: self.scales.as_f32().expect(IS_F32) }
+        Q8 { codes: bytemuck::cast_slice(&self.codes), scales: numbers(&self.scales) }
     }
 }
 

@@ -118,12 +118,11 @@ impl Gathered {
                 continue;
             }
             let bytes = Bytes::new(Arc::clone(&map) as _, info.bytes);
-            match DType::from_name(&info.dtype) {
-                Some(dtype) => self.weights.insert(info.name, bytes.into_weight(dtype, info.shape)),
-                None => {
-                    let tensor = RawTensor { dtype: info.dtype, shape: info.shape, bytes };
-                    self.raw.insert(info.name, tensor);
-                }
+            if let Some(dtype) = DType::from_name(&info.dtype) {
+                self.weights.insert(info.name, bytes.into_weight(dtype, info.shape));
+            } else {
+                let tensor = RawTensor { dtype: info.dtype, shape: info.shape, bytes };
+                self.raw.insert(info.name, tensor);
             }
         }
         Ok(())
@@ -139,8 +138,8 @@ impl Gathered {
             Some(scheme) => assemble(scheme, &mut self.weights, &mut self.raw),
             None => Vec::new(),
         };
-        let names = self.weights.iter().map(|(name, _)| name).chain(self.raw.keys().map(String::as_str));
-        if let Some((name, method)) = names.filter_map(|name| Some((name, quantized_by(name)?))).next() {
+        let mut names = self.weights.iter().map(|(name, _)| name).chain(self.raw.keys().map(String::as_str));
+        if let Some((name, method)) = names.find_map(|name| Some((name, quantized_by(name)?))) {
             let path = self.file_of[name].clone();
             return Err(match scheme {
                 None if method == BITSANDBYTES => CheckpointError::Undeclared { path, name: printable(name) },

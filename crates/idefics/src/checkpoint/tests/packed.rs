@@ -8,6 +8,9 @@ use crate::quantize::{Format, Quantizer, Recipe};
 
 const NAME: &str = "model.layers.0.mlp.up_proj.weight";
 
+/// What is spoilt, how, and what the message says.
+type Row = (&'static str, fn(&mut Model), &'static str);
+
 impl Model {
     /// The tensors and the configuration of a directory with one weight file.
     fn of(directory: &Path) -> Self {
@@ -87,7 +90,7 @@ fn some_layers_may_be_dense() {
 
 #[test]
 fn parts_of_nf4_weights_must_fit() {
-    let rows: [(&str, fn(&mut Model), &str); 11] = [
+    let rows: &[Row] = &[
         ("absmax gone", |m| m.remove(&format!("{NAME}.absmax")), "`absmax` is missing"),
         ("map gone", |m| m.remove(&format!("{NAME}.quant_map")), "`quant_map` is missing"),
         (
@@ -147,7 +150,7 @@ fn parts_of_nf4_weights_must_fit() {
             "`quant_map` holds other values than the format's",
         ),
     ];
-    for (what, spoil, expected) in rows {
+    for &(what, spoil, expected) in rows {
         eprintln!("{what}");
         check_packed(Format::Nf4, spoil, expected);
         check_packed(Format::Nf4, spoil, "1 packed unsoundly: ");
@@ -156,7 +159,7 @@ fn parts_of_nf4_weights_must_fit() {
 
 #[test]
 fn parts_of_double_quantization_must_fit() {
-    let rows: [(&str, fn(&mut Model), &str); 6] = [
+    let rows: &[Row] = &[
         ("nested absmax gone", |m| m.remove(&format!("{NAME}.nested_absmax")), "`nested_absmax` is missing"),
         (
             "nested map gone",
@@ -195,7 +198,7 @@ fn parts_of_double_quantization_must_fit() {
             "no `nested_offset`, but there is `nested_absmax`",
         ),
     ];
-    for (what, spoil, expected) in rows {
+    for &(what, spoil, expected) in rows {
         eprintln!("{what}");
         check_packed(Format::Nf4DoubleQuant, spoil, expected);
     }
@@ -241,7 +244,7 @@ fn states_must_be_understood() {
 
 #[test]
 fn parts_of_q8_weights_must_fit() {
-    let rows: [(&str, fn(&mut Model), &str); 6] = [
+    let rows: &[Row] = &[
         ("scales gone", |m| m.remove(&format!("{NAME}.scales")), "has element type I8, expected F32"),
         ("codes gone", |m| m.tensors.retain(|tensor| tensor.name != NAME), "`weight` is missing"),
         (
@@ -272,7 +275,7 @@ fn parts_of_q8_weights_must_fit() {
             "`scales` has shape [47, 1], expected [48, 1]",
         ),
     ];
-    for (what, spoil, expected) in rows {
+    for &(what, spoil, expected) in rows {
         eprintln!("{what}");
         check_packed(Format::Q8, spoil, expected);
     }
