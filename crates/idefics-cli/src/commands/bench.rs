@@ -167,17 +167,15 @@ impl Args {
             config.num_hidden_layers = config.num_hidden_layers.min(layers);
             config.vision_config.num_hidden_layers = config.vision_config.num_hidden_layers.min(layers);
         }
-        let (format, bf16) = match self.format {
-            Format::F32 => (bench::Format::F32, false),
-            Format::Bf16 => (bench::Format::Bf16, true),
-            Format::Q8 => (bench::Format::Q8, true),
-            Format::Nf4 => (bench::Format::Nf4, true),
+        let format = match self.format {
+            Format::F32 => bench::Format::F32,
+            Format::Bf16 => bench::Format::Bf16,
+            Format::Q8 => bench::Format::Q8,
+            Format::Nf4 => bench::Format::Nf4,
         };
-        let compute = match self.dtype {
-            Dtype::F32 => Compute::F32,
-            Dtype::Bf16 => Compute::Bf16,
-            Dtype::Auto if bf16 => Compute::Bf16,
-            Dtype::Auto => Compute::F32,
+        let compute = match (self.dtype, self.format) {
+            (Dtype::F32, _) | (Dtype::Auto, Format::F32) => Compute::F32,
+            (Dtype::Bf16 | Dtype::Auto, _) => Compute::Bf16,
         };
         show("random weights");
         let weights = RandomWeights::new(&config, format);
