@@ -264,6 +264,16 @@ fn table(report: &Report, load_s: f64, peak_rss_bytes: Option<u64>) -> String {
             100.0 * prefill.share
         );
     }
+    let _ = writeln!(out, "\nproducts of bf16");
+    for product in &report.products {
+        let _ = writeln!(
+            out,
+            "          {:<26} {:>9.0} GFLOP/s {:>4.0}%",
+            format!("{} x {} x {}", product.m, product.n, product.k),
+            product.gflops,
+            100.0 * product.share
+        );
+    }
     let vision = &report.vision;
     let _ = writeln!(
         out,

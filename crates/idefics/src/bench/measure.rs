@@ -2,7 +2,8 @@
 
 use std::{sync::Arc, time::Instant};
 
-use idefics_kernels::{Isa, probe};
+use half::bf16;
+use idefics_kernels::{Compute, Isa, Matrix, linear::linear, probe};
 use serde::Serialize;
 
 use crate::{
@@ -27,6 +28,8 @@ pub struct Plan {
     pub steps: usize,
     /// Tokens of the prompt behind which decoding starts.
     pub context: usize,
+    /// Products in bf16 by themselves: rows of activations, rows of the weight, inner dimension.
+    pub products: Vec<[usize; 3]>,
 }
 
 impl Default for Plan {
@@ -38,6 +41,7 @@ impl Default for Plan {
             rounds: 3,
             steps: 4,
             context: 64,
+            products: vec![[512, 4096, 4096], [257, 1280, 5120]],
         }
     }
 }
@@ -51,6 +55,8 @@ pub struct Report {
     pub decode: Vec<Decode>,
     /// Prompts.
     pub prefill: Vec<Prefill>,
+    /// Single products in bf16.
+    pub products: Vec<Product>,
     /// The vision tower.
     pub vision: Vision,
     /// The resampler, if the model has one.
@@ -95,6 +101,21 @@ pub struct Prefill {
     /// Tokens a second.
     pub tokens_per_s: f64,
     /// Arithmetic of the linear layers.
+    pub gflops: f64,
+    /// That over the bf16 arithmetic that the machine gave in the same rounds.
+    pub share: f64,
+}
+
+/// `x [M, K] · W [N, K]ᵀ` in bf16.
+#[derive(Debug, Clone, Serialize)]
+pub struct Product {
+    /// Rows of activations.
+    pub m: usize,
+    /// Rows of the weight.
+    pub n: usize,
+    /// Inner dimension.
+    pub k: usize,
+    /// Arithmetic.
     pub gflops: f64,
     /// That over the bf16 arithmetic that the machine gave in the same rounds.
     pub share: f64,
@@ -145,6 +166,7 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
     let buffer = vec![1u8; 1 << 30];
     let (mut read, mut bf16, mut int8) = (Samples::default(), Samples::default(), Samples::default());
     let (mut vision, mut perceiver) = (Samples::default(), Samples::default());
+    let mut products = vec![Samples::default(); plan.products.len()];
     let mut prefill = vec![Samples::default(); plan.prefill.len()];
     let mut decode = vec![Samples::default(); plan.batches.len() * plan.images.len()];
     for round in 1..=plan.rounds {
@@ -152,6 +174,10 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
         at("arithmetic of the machine");
         bf16.0.push(probe::bf16_peak(isa));
         int8.0.extend(probe::int8_peak());
+        for (samples, [m, n, k]) in products.iter_mut().zip(&plan.products) {
+            at(&format!("a product of {m} x {n} x {k}"));
+            samples.0.push(time_product(isa, *m, *n, *k));
+        }
         at("vision");
         let (tower, resampler) = time_image(model, &pictures[0])?;
         vision.0.push(tower);
@@ -191,10 +217,15 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
         let flops = 2.0 * parameters * tokens_per_s;
         Prefill { tokens: *tokens, tokens_per_s, gflops: flops * 1e-9, share: flops / bf16 }
     });
+    let products = products.iter().zip(&plan.products).map(|(samples, &[m, n, k])| {
+        let flops = (2 * m * n * k) as f64 / samples.median();
+        Product { m, n, k, gflops: flops * 1e-9, share: flops / bf16 }
+    });
     let vision_flops = vision_flops(model.config()) / vision.median();
     Ok(Report {
         decode: decode.collect(),
         prefill: prefill.collect(),
+        products: products.collect(),
         vision: Vision {
             seconds_per_image: vision.median(),
             gflops: vision_flops * 1e-9,
@@ -269,6 +300,19 @@ fn time_decode(model: &Model, cache: &SequenceCache, batch: usize, steps: usize)
     Ok(start.elapsed().as_secs_f64() / steps as f64)
 }
 
+/// Seconds of one product in bf16, weights and activations included as they come: the median of five.
+fn time_product(isa: Isa, m: usize, n: usize, k: usize) -> f64 {
+    let (x, weight) = (vec![0.5f32; m * k], vec![bf16::ONE; n * k]);
+    let mut out = vec![0.0; m * n];
+    let mut samples = Samples::default();
+    for _ in 0..5 {
+        let start = Instant::now();
+        linear(isa, Compute::Bf16, &x, Matrix::Bf16(&weight), k, None, &mut out);
+        samples.0.push(start.elapsed().as_secs_f64());
+    }
+    samples.median()
+}
+
 /// Multiplications and additions of the tower for one picture.
 fn vision_flops(config: &IdeficsConfig) -> f64 {
     let vision = &config.vision_config;
@@ -286,7 +330,7 @@ mod tests {
     use crate::{
         bench::{Format, RandomWeights, shape},
         config::{PerceiverConfig, VisionConfig},
-        ops::{Compute, Context},
+        ops::Context,
     };
 
     #[test]
@@ -317,6 +361,7 @@ mod tests {
             rounds: 1,
             steps: 1,
             context: 4,
+            products: vec![[3, 5, 7]],
         };
         for format in [Format::F32, Format::Bf16, Format::Q8, Format::Nf4] {
             let ctx = Context { isa: Isa::best(), compute: Compute::Bf16 };

@@ -6,5 +6,5 @@
 mod measure;
 mod random_weights;
 
-pub use measure::{Decode, Machine, Perceiver, Plan, Prefill, Report, Vision, run};
+pub use measure::{Decode, Machine, Perceiver, Plan, Prefill, Product, Report, Vision, run};
 pub use random_weights::{Format, RandomWeights, shape};
