@@ -33,6 +33,7 @@ enum Command {
     Score(commands::score::Args),
     Inspect(commands::inspect::Args),
     Quantize(commands::quantize::Args),
+    Bench(commands::bench::Args),
     Download(commands::download::Args),
 }
 
@@ -45,6 +46,7 @@ fn main() -> std::process::ExitCode {
         Command::Score(args) => commands::score::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Quantize(args) => commands::quantize::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Download(args) => commands::download::run(&args),
     };
     match result {

@@ -26,7 +26,7 @@ fn weight_of(case: &Value) -> Vec<f32> {
     let mut values = golden_fill(case["name"].as_str().expect("a name"), &shape);
     for (block, values) in values.chunks_mut(64).enumerate() {
         let factor = if block % 31 == 5 { 0.0 } else { 0.5f32.powi((block % 13) as i32) };
-        for value in values {
+        for value in values.iter_mut() {
             *value *= factor;
         }
     }

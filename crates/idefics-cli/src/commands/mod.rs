@@ -1,6 +1,7 @@
 //! One module per subcommand: `Args` for clap, `run` for the work.
 
 pub(crate) mod ask;
+pub(crate) mod bench;
 pub(crate) mod caption;
 pub(crate) mod classify;
 pub(crate) mod download;

@@ -235,6 +235,14 @@ impl LinearWeight {
             Self::Packed(PackedWeight::Q8(weight)) => &weight.shape,
         }
     }
+
+    /// Bytes of the elements with all that is needed to read them.
+    pub fn num_bytes(&self) -> usize {
+        match self {
+            Self::Dense(weight) => weight.bytes().len(),
+            Self::Packed(weight) => weight.num_bytes(),
+        }
+    }
 }
 
 impl From<Weight> for LinearWeight {

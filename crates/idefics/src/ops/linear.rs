@@ -26,6 +26,16 @@ impl Linear {
         Ok(x.apply_op1(LinearOp { ctx, linear: self.clone() })?)
     }
 
+    /// Number of weights, bias not counted.
+    pub fn parameters(&self) -> usize {
+        self.weight.shape().iter().product()
+    }
+
+    /// Bytes that one product reads, bias not counted.
+    pub fn num_bytes(&self) -> usize {
+        self.weight.num_bytes()
+    }
+
     /// The width of the output, `N`.
     pub fn out_features(&self) -> usize {
         self.weight.shape()[0]
