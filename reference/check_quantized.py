@@ -98,8 +98,8 @@ def ours(binary: Path, model: Path, lines: list[list[int]], vocab: int, *options
     outputs = []
     for line in run.stdout.decode().splitlines():
         result = json.loads(line)
-        table = torch.full((len(result["top_logprobs"]), vocab), float("nan"), dtype=torch.double)
-        for row, tops in enumerate(result["top_logprobs"]):
+        table = torch.full((len(result["top"]), vocab), float("nan"), dtype=torch.double)
+        for row, tops in enumerate(result["top"]):
             for top in tops:
                 table[row, top["token_id"]] = top["logprob"]
         outputs.append(table)

@@ -118,6 +118,11 @@ def load(directory: Path, quantization=None) -> IdeficsForVisionText2Text:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    # What a quantized directory holds dense keeps its type, whatever type was asked for.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     return model
 
 

@@ -1,9 +1,13 @@
 //! A file as bytes in memory, without reading it.
 #![expect(unsafe_code, reason = "mapping a file is the one thing here that the compiler cannot check")]
 
-use std::{fs::File, io, path::Path};
+use std::{fs::File, io, ops::Range, path::Path};
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
+
+use super::weight::Storage;
 
 /// A whole file, mapped for reading. Pages are read when they are touched and can be dropped again.
 pub(super) struct MappedFile(Mmap);
@@ -22,6 +26,18 @@ impl MappedFile {
         // enforce that; `Checkpoint::open` documents it, and the hub cache never rewrites a file in place.
         let map = unsafe { Mmap::map(&file)? };
         Ok(Self(map))
+    }
+}
+
+impl Storage for MappedFile {
+    #[cfg(unix)]
+    fn release(&self, range: Range<usize>) {
+        // SAFETY: the map is shared with the file and read-only, so a page that is dropped comes back with the
+        // file's bytes: readers of this memory, also of neighbours on the same page, see no change.
+        let released =
+            unsafe { self.0.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+        // It was only advice.
+        drop(released);
     }
 }
 

@@ -183,6 +183,14 @@ impl PackedWeight {
         }
     }
 
+    /// As [`Weight::release_pages`].
+    pub fn release_pages(&self) {
+        match self {
+            Self::Nf4(weight) => weight.codes.release_pages(),
+            Self::Q8(weight) => weight.codes.release_pages(),
+        }
+    }
+
     /// Counts the scales that are not finite; each spoils a block.
     pub fn count_non_finite(&self) -> NonFinite {
         match self {

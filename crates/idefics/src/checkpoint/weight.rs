@@ -57,8 +57,14 @@ impl fmt::Display for DType {
     }
 }
 
-/// Who owns the bytes of a weight: a file map, or a vector.
-pub(super) type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
+/// Bytes that weights share: a file map, or a vector.
+pub(super) trait Storage: AsRef<[u8]> + Send + Sync {
+    /// Lets the system take back the memory of some bytes, where it can bring them back.
+    fn release(&self, _range: Range<usize>) {}
+}
+
+/// Who owns the bytes of a weight.
+pub(super) type Owner = Arc<dyn Storage>;
 
 /// Bytes of a file map or a vector, shared.
 #[derive(Clone)]
@@ -71,6 +77,11 @@ impl Bytes {
     /// `range` of `owner`'s bytes. The caller has checked that it lies inside.
     pub(super) fn new(owner: Owner, range: Range<usize>) -> Self {
         Self { owner, range }
+    }
+
+    /// As [`Weight::release_pages`].
+    pub(super) fn release_pages(&self) {
+        self.owner.release(self.range.clone());
     }
 
     /// A weight of these bytes, which are as many as the shape says.
@@ -136,7 +147,7 @@ impl Weight {
 
     /// A weight over `range` of `owner`'s bytes. The caller has checked that the range lies inside the owner and
     /// is as long as the shape says.
-    pub(crate) fn from_owner(owner: Owner, range: Range<usize>, dtype: DType, shape: Vec<usize>) -> Self {
+    pub(super) fn from_owner(owner: Owner, range: Range<usize>, dtype: DType, shape: Vec<usize>) -> Self {
         let bytes = &(*owner).as_ref()[range.clone()];
         assert_eq!(
             Some(bytes.len()),
@@ -187,6 +198,12 @@ impl Weight {
     /// The elements as they lie in memory: little-endian, aligned.
     pub fn bytes(&self) -> &[u8] {
         &(*self.owner).as_ref()[self.range.clone()]
+    }
+
+    /// Lets the system take back the memory of a mapped weight, which is read from the file again when it is
+    /// needed. Whoever walks through a model larger than the memory does it after each weight.
+    pub fn release_pages(&self) {
+        self.owner.release(self.range.clone());
     }
 
     /// The elements, if they are `f32`.
@@ -281,6 +298,8 @@ pub(crate) fn num_bytes(shape: &[usize], dtype: DType) -> Option<usize> {
 
 /// A vector of numbers that owns the bytes of a weight.
 struct Elements<T>(Vec<T>);
+
+impl<T: bytemuck::Pod + Send + Sync> Storage for Elements<T> {}
 
 impl<T: bytemuck::Pod> AsRef<[u8]> for Elements<T> {
     fn as_ref(&self) -> &[u8] {

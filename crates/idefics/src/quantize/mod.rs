@@ -83,8 +83,8 @@ impl Recipe {
     }
 }
 
-/// Packs weights in memory, one tensor at a time. What was dense is let go of, so a mapped file's pages can be
-/// dropped.
+/// Packs weights in memory, one tensor at a time. What was dense is let go of, with the pages of the
+/// file that it was mapped from.
 pub fn quantize_weights(weights: &mut Weights, recipe: &Recipe) -> Result<(), QuantizeError> {
     if let Some((_, weight)) = weights.iter_packed().next() {
         return Err(QuantizeError::AlreadyQuantized { format: weight.format_name().to_owned() });
@@ -97,6 +97,7 @@ pub fn quantize_weights(weights: &mut Weights, recipe: &Recipe) -> Result<(), Qu
     for (name, format) in chosen {
         let weight = weights.take(name)?;
         weights.insert_packed(name, pack::pack(name, &weight, format)?);
+        weight.release_pages();
     }
     Ok(())
 }

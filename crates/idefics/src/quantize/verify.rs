@@ -33,6 +33,12 @@ pub(super) fn verify(path: &Path, shard: &Shard, progress: &mut dyn FnMut(u64)) 
         if !reads_back(entry, &weights) {
             return Err(bad(format!("tensor `{}`", entry.name)));
         }
+        for weight in [Some(&entry.source), weights.get(&entry.name)].into_iter().flatten() {
+            weight.release_pages();
+        }
+        if let Some(weight) = weights.get_packed(&entry.name) {
+            weight.release_pages();
+        }
         progress(entry.source.bytes().len() as u64);
     }
     Ok(())

@@ -24,7 +24,7 @@ const SIDE_FILES_BYTES: u64 = 16 << 20;
 
 /// A model that is to be written quantized.
 ///
-/// Nothing but the tensor at work is held in memory. Files get their names when they are whole and have been
+/// Nothing but the tensor at work is held in memory, nor are mapped pages. Files get their names when they are whole and have been
 /// read back; a run that was interrupted is continued by doing the same again.
 pub struct Quantizer {
     checkpoint: Checkpoint,
@@ -168,6 +168,7 @@ fn write_shard(
         for data in entry.data(packed.as_ref()) {
             file.write_all(&data).map_err(io_error("write", path))?;
         }
+        entry.source.release_pages();
         progress(entry.source.bytes().len() as u64);
     }
     Ok(())
