@@ -1,7 +1,7 @@
 //! Packing the weights of linear layers into few bits: in memory while a model is loaded, or into a directory.
 //!
 //! Linear layers alone are packed, and by default those of the text model and the gated blocks alone: heads,
-//! embeddings, norms and gates stay in their type, as does the way from pixels to latents, which is a fourteenth
+//! embeddings, norms and gates stay in their type, as does the way from pixels to latents, which is a twelfth
 //! of the parameters. NF4 (QLoRA, Dettmers et al., 2023) is written as bitsandbytes serialises it, so that
 //! transformers loads the directory; Q8 is this project's own.
 
