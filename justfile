@@ -20,7 +20,7 @@ test *args:
 
 # The library's documentation, warnings denied.
 doc:
-    RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --lib
 
 # Run every example on the small model of the fixtures.
 examples:

@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bitsandbytes  # noqa: E402
 import numpy  # noqa: E402
 import PIL  # noqa: E402
 import sentencepiece  # noqa: E402
@@ -31,12 +32,15 @@ import transformers  # noqa: E402
 
 from idefics_fixtures import (  # noqa: E402
     activations,
+    answers,
     common,
     generation,
     golden,
     llama_vectors,
     pictures,
     prompts,
+    quantized,
+    stub,
     tiny,
     warpers,
 )
@@ -47,7 +51,11 @@ WRITERS = {
     "llama_tokenizer.json": "llama_vectors.py",
     "processor/": "pictures.py",
     "prompts.json": "prompts.py",
+    "quantize.json": "quantized.py",
+    "tiny-nf4": "quantized.py",
     "warpers.json": "warpers.py",
+    "generation/": "stub.py",
+    "answers.json": "answers.py",
     "generation.json": "generation.py",
     "expected.safetensors": "activations.py",
     "tokenizer": "tokenizer.py",
@@ -60,11 +68,15 @@ def write_all() -> None:
     llama_vectors.write_llama_vectors()
     pictures.write_pictures()
     warpers.write_warpers()
+    stub.write_stub_generation()
     tinies = [tiny.write_tiny(), tiny.write_tiny_base()]
     for checkpoint in tinies:
         activations.write_activations(checkpoint)
         generation.write_generation(checkpoint)
+        answers.write_answers(checkpoint)
     prompts.write_prompts(tinies)
+    quantized.write_quantize()
+    quantized.write_tiny_nf4()
     write_manifest()
 
 
@@ -77,7 +89,7 @@ def write_manifest() -> None:
             writer = next(writer for part, writer in WRITERS.items() if part in name)
             digest = common.sha256(path.read_bytes())
             files[name] = {"sha256": digest, "generator": f"reference/idefics_fixtures/{writer}"}
-    modules = (torch, transformers, tokenizers, sentencepiece, numpy, PIL)
+    modules = (torch, transformers, tokenizers, sentencepiece, numpy, PIL, bitsandbytes)
     versions = {module.__name__: module.__version__.split("+")[0] for module in modules}
     common.write_json(common.FIXTURES / "manifest.json", {
         "command": "python reference/make_fixtures.py",

@@ -10,11 +10,14 @@ and for each case C, a sequence run alone and without padding:
     C.input_ids [T]   C.images [n], rows of pixel_values   C.image_attention_mask [T, max(n, 1)]
     C.cross.N.attn [T, D], the attention's output before the gate; C.cross.N.out, after the whole block
     C.layers.N.out [T, D]   C.norm [T, D]   C.logits [T, V + A]
+    C.bf16_mean_distance [1], of the log-probabilities of the same model run in bf16, over all positions and tokens
 
 `batch.*` is all cases left-padded into one batch, as the reference's processor does it, with the logits of the last
 position, `batch.last_logits [B, V + A]`. `interpolated.HxW.{embeddings,out}` is the vision tower with
 `interpolate_pos_encoding=True` on the picture `golden_fill("pixel_values.HxW", [1, 3, H, W])`.
 """
+
+import copy
 
 import torch
 from transformers.models.idefics.processing_idefics import (
@@ -144,6 +147,7 @@ def batch_inputs(tiny: Tiny, names: list[str]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def write_activations(tiny: Tiny) -> None:
     model = tiny.model
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
     recorder = Recorder(model)
     expected = {}
 
@@ -161,6 +165,9 @@ def write_activations(tiny: Tiny) -> None:
         kept = {key: value for key, value in recorded.items() if not key.startswith(("vision.", "perceiver."))}
         for key, value in {**kept, "logits": logits}.items():
             expected[f"{name}.{key}"] = value[0]
+        in_bf16 = rounded(**{**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}, use_cache=False).logits
+        distance = (in_bf16.double().log_softmax(-1) - logits.double().log_softmax(-1)).abs().mean()
+        expected[f"{name}.bf16_mean_distance"] = distance.float()[None]
         expected[f"{name}.input_ids"] = inputs["input_ids"][0]
         expected[f"{name}.image_attention_mask"] = inputs["image_attention_mask"][0]
         expected[f"{name}.images"] = torch.tensor(images, dtype=torch.long)

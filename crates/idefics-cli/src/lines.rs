@@ -8,7 +8,7 @@ use crate::{cancel, counter::Counter, output};
 /// How a file is worked through.
 pub(crate) struct Lines<T> {
     /// Each line with its number, or why it cannot be read.
-    pub(crate) lines: Vec<(usize, anyhow::Result<T>)>,
+    pub(crate) entries: Vec<(usize, anyhow::Result<T>)>,
     pub(crate) batch_size: usize,
     /// What a line is, in the plural.
     pub(crate) what: &'static str,
@@ -23,9 +23,9 @@ impl<T> Lines<T> {
         mut prepare: impl FnMut(usize, T) -> anyhow::Result<J>,
         mut work: impl FnMut(&[J]) -> anyhow::Result<Vec<String>>,
     ) -> anyhow::Result<()> {
-        let (total, mut failed) = (self.lines.len(), 0);
+        let (total, mut failed) = (self.entries.len(), 0);
         let mut counter = Counter::start(total, self.what);
-        let mut lines = self.lines.into_iter();
+        let mut lines = self.entries.into_iter();
         while !cancel::is_requested() {
             let batch: Vec<_> = lines.by_ref().take(self.batch_size).collect();
             if batch.is_empty() {

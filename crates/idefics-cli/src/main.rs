@@ -32,6 +32,8 @@ enum Command {
     Classify(commands::classify::Args),
     Score(commands::score::Args),
     Inspect(commands::inspect::Args),
+    Quantize(commands::quantize::Args),
+    Bench(commands::bench::Args),
     Download(commands::download::Args),
 }
 
@@ -43,6 +45,8 @@ fn main() -> std::process::ExitCode {
         Command::Classify(args) => commands::classify::run(&args),
         Command::Score(args) => commands::score::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Quantize(args) => commands::quantize::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Download(args) => commands::download::run(&args),
     };
     match result {

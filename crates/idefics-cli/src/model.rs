@@ -7,9 +7,10 @@ use clap::ValueEnum;
 use idefics::{
     ComputeType, Idefics, LoadOptions, Processor,
     processor::{AddEndOfUtterance, ExifOrientation, FetchPolicy, ImageLimits, ProcessOptions},
+    quantize::Recipe,
 };
 
-use crate::progress::resolve_model;
+use crate::{commands::quantize::FormatName, progress::resolve_model};
 
 /// The model and its processor.
 #[derive(Debug, clap::Args)]
@@ -22,6 +23,10 @@ pub(crate) struct ModelArgs {
     /// What products are computed in; `auto` follows the checkpoint
     #[arg(long, value_enum, default_value = "auto")]
     dtype: Dtype,
+
+    /// Pack the weights of the text model and the gated blocks in memory while loading
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    quantize: Option<FormatName>,
 
     /// Threads to compute with [default: all processors]
     #[arg(long, value_name = "N")]
@@ -74,7 +79,7 @@ struct ImageArgs {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Dtype {
+pub(crate) enum Dtype {
     F32,
     Bf16,
     Auto,
@@ -94,28 +99,39 @@ pub(crate) struct Loaded {
     pub(crate) options: ProcessOptions,
 }
 
+/// Starts the one pool of threads, `threads` of them or as many as there are processors.
+pub(crate) fn start_threads(threads: Option<usize>) -> anyhow::Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    if threads == 0 {
+        bail!("--threads: expected at least 1, got 0");
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    pool.build_global().context("cannot start the threads")
+}
+
+impl From<Dtype> for ComputeType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::Bf16,
+            Dtype::Auto => Self::Auto,
+        }
+    }
+}
+
 impl ModelArgs {
     /// Finds, downloads and opens the model.
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
-        if let Some(threads) = self.threads {
-            if threads == 0 {
-                bail!("--threads: expected at least 1, got 0");
-            }
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-            pool.build_global().context("cannot start the threads")?;
-        }
+        start_threads(self.threads)?;
         let directory: PathBuf =
             resolve_model(&self.model).with_context(|| format!("model {}", self.model))?;
-        let compute = match self.dtype {
-            Dtype::F32 => ComputeType::F32,
-            Dtype::Bf16 => ComputeType::Bf16,
-            Dtype::Auto => ComputeType::Auto,
-        };
         let in_directory = || format!("model {}", directory.display());
         // The processor is small and most often what is missing, so it goes first.
         let processor = Processor::from_pretrained(&directory).with_context(in_directory)?;
-        let options = LoadOptions { compute, ..LoadOptions::default() };
+        let quantize = self.quantize.map(|format| Recipe::new(format.plain()));
+        let options = LoadOptions { compute: self.dtype.into(), quantize, ..LoadOptions::default() };
         let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
+        model.check_processor(&processor).with_context(in_directory)?;
         Ok(Loaded { model, processor, options: self.process_options() })
     }
 

@@ -118,7 +118,7 @@ fn text_for_people() {
     }
     assert!(!text.contains("model.norm.weight"));
     let keys = String::from_utf8(inspect(&model(Golden::A), &["--keys"]).stdout).unwrap();
-    assert!(keys.contains("f32   model.norm.weight  [16]"), "{keys}");
+    assert!(keys.contains("f32     model.norm.weight  [16]"), "{keys}");
 }
 
 #[test]
@@ -168,4 +168,42 @@ fn models_that_are_not_there() {
     check_fails(&idefics(&["download", "../name"]), "neither a directory nor a model of the hub");
     let empty = tempfile::tempdir().unwrap();
     check_fails(&inspect(&empty, &[]), "config.json");
+}
+
+#[test]
+fn lines_are_tokenized_one_by_one() {
+    let expected = idefics_testing::fixture_json("prompts.json");
+    let texts = expected["entries"].as_array().unwrap().iter().filter(|entry| {
+        // One row without padding, and no line break inside.
+        entry["tokenizer"] == "tiny"
+            && entry["texts"].as_array().unwrap().len() == 1
+            && !entry["texts"][0].as_str().unwrap().contains('\n')
+            && entry["options"]["truncation"].is_null()
+    });
+    let texts: Vec<_> =
+        texts.map(|entry| (entry["texts"][0].as_str().unwrap(), &entry["input_ids"][0])).collect();
+    assert!(texts.len() > 10, "the fixture is whole");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("lines.txt");
+    // An empty line is a line; the characters that Unicode breaks lines at are not.
+    let lines: Vec<&str> = texts.iter().map(|(text, _)| *text).chain(["", "a\u{2028}b\u{85}c\r"]).collect();
+    let model = idefics_testing::fixture("tiny");
+    let arguments = ["inspect", model.to_str().unwrap(), "--tokenize", path.to_str().unwrap()];
+    for end in ["", "\n"] {
+        fs::write(&path, lines.join("\n") + end).unwrap();
+        let output = idefics(&arguments);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let got: Vec<Value> = String::from_utf8(output.stdout)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(got.len(), lines.len());
+        for ((text, ids), got) in texts.iter().zip(&got) {
+            assert_eq!(got, *ids, "{text}");
+        }
+        assert_eq!(got[texts.len()], json!([]), "an empty line has no tokens");
+    }
+    fs::write(&path, b"fine\nno \xff text\n").unwrap();
+    check_fails(&idefics(&arguments), "lines.txt, line 2: invalid utf-8");
 }

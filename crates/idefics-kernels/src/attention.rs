@@ -1,7 +1,7 @@
 //! Softmax attention without a score matrix: keys are read in blocks, sums are kept running.
 //!
 //! Online softmax as in FlashAttention (Dao et al., 2022, algorithm 1). Blocks start at multiples of
-//! [`BLOCK`] counted from the first key, so a query's result has the same bits whether its prompt came whole
+//! 64 counted from the first key, so a query's result has the same bits whether its prompt came whole
 //! or in chunks, alone or in a batch.
 
 use half::bf16;
@@ -202,7 +202,7 @@ impl Unit<'_> {
                     keys[(start + (at + j).min(n - 1)) * width + column..][..dim].as_ptr()
                 });
                 // SAFETY: every pointer starts `dim` readable elements, by the slicing above.
-                let dots = unsafe { tile::<Widened<S, f32, E>, Q, 4>(queries, rows, dim) };
+                let dots = unsafe { tile::<Widened<S, f32, E>, Q, 4>(queries, rows, dim, None) };
                 for (q, dots) in dots.iter().enumerate() {
                     for (j, dot) in dots.iter().enumerate() {
                         if start + at + j < limit[q] && at + j < n {

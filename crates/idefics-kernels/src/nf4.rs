@@ -144,7 +144,7 @@ impl Nf4<'_> {
 /// largest magnitude, a short last block divided by it, and an element takes the code whose interval between
 /// midpoints holds it, the lower one at a midpoint.
 pub fn quantize(values: &[f32]) -> (Vec<u8>, Vec<f32>) {
-    let midpoints: [f32; 15] = std::array::from_fn(|i| (CODE_VALUES[i] + CODE_VALUES[i + 1]) / 2.0);
+    let midpoints: [f32; 15] = std::array::from_fn(|i| f32::midpoint(CODE_VALUES[i], CODE_VALUES[i + 1]));
     let code_of = |scaled: f32| midpoints.iter().filter(|midpoint| scaled > **midpoint).count() as u8;
     let mut codes = Vec::with_capacity(values.len().div_ceil(2));
     let mut scales = Vec::with_capacity(values.len().div_ceil(BLOCK));

@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = ScoreOptions::default();
     let scored = score_continuations(&model, &inputs, &continuations, &options)?;
 
-    let best = scored.iter().map(|scored| scored.sum()).fold(f64::NEG_INFINITY, f64::max);
+    let best = scored.iter().map(idefics::generate::Scored::sum).fold(f64::NEG_INFINITY, f64::max);
     let total: f64 = scored.iter().map(|scored| (scored.sum() - best).exp()).sum();
     let mut ranked: Vec<_> = labels.iter().zip(&scored).collect();
     ranked.sort_by(|(_, a), (_, b)| b.sum().total_cmp(&a.sum()));

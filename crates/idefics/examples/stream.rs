@@ -3,7 +3,6 @@
 //! Writes an answer as it comes, drawn by chance under a seed. MODEL is a directory or a model of the hub; an ITEM
 //! that is a file is a picture, any other a text. Without arguments it is the small random model of the tests, whose
 //! words mean nothing. The same seed gives the same answer on any number of threads and in any batch.
-#![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use std::{
     env,

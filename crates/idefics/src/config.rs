@@ -153,6 +153,9 @@ pub struct QuantizationConfig {
     pub load_in_4bit: bool,
     /// bitsandbytes: 8-bit rows.
     pub load_in_8bit: bool,
+    /// bitsandbytes: `nf4`, or `fp4`, which is also what nothing means.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bnb_4bit_quant_type: Option<String>,
 }
 
 /// `rope_parameters` of newer configurations.

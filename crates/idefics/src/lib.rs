@@ -4,6 +4,7 @@
 //! token; [`model`] reads pictures once and tokens step by step; [`generate`] decides which token comes next.
 //! [`checkpoint`] is the only module that opens model files, [`ops`] the only one that touches the tensor library.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod generate;
@@ -11,6 +12,7 @@ pub mod model;
 pub mod ops;
 mod pretrained;
 pub mod processor;
+pub mod quantize;
 
 pub use pretrained::{ComputeType, Idefics, LoadError, LoadOptions};
 pub use processor::{Processor, Prompt, Segment, SequenceInputs};

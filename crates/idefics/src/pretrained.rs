@@ -9,6 +9,8 @@ use crate::{
     generate::{Row, StepModel},
     model::{Model, ModelError, OtherSizes, SequenceCache},
     ops::{Compute, Context, Isa},
+    processor::Processor,
+    quantize::{QuantizeError, Recipe, quantize_weights},
 };
 
 /// What the factors of matrix products are rounded to.
@@ -33,6 +35,8 @@ pub struct LoadOptions {
     pub other_sizes: OtherSizes,
     /// The instruction tier; the strongest of this processor if none is named.
     pub isa: Option<Isa>,
+    /// Packs the weights in memory while the model is loaded, if asked to.
+    pub quantize: Option<Recipe>,
 }
 
 /// Why a model could not be opened.
@@ -41,9 +45,20 @@ pub enum LoadError {
     /// The files are missing, broken or do not fit together.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The weights cannot be quantized.
+    #[error(transparent)]
+    Quantize(#[from] QuantizeError),
     /// The weights do not make the model that the configuration describes.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A tokenizer with more tokens than the model: it belongs to another one.
+    #[error("the tokenizer has {tokenizer} token ids, but the model has embeddings for {model}")]
+    Vocabulary {
+        /// One more than the tokenizer's largest id.
+        tokenizer: usize,
+        /// Base and additional vocabulary together.
+        model: usize,
+    },
 }
 
 /// IDEFICS, ready to read and write.
@@ -63,16 +78,26 @@ impl Idefics {
     }
 
     /// Builds the model of an opened checkpoint.
-    pub fn from_checkpoint(checkpoint: Checkpoint, options: &LoadOptions) -> Result<Self, LoadError> {
+    pub fn from_checkpoint(mut checkpoint: Checkpoint, options: &LoadOptions) -> Result<Self, LoadError> {
         let compute = match options.compute {
             ComputeType::F32 => Compute::F32,
             ComputeType::Bf16 => Compute::Bf16,
             ComputeType::Auto => compute_type_of(&checkpoint.weights),
         };
+        if let Some(recipe) = &options.quantize {
+            quantize_weights(&mut checkpoint.weights, recipe)?;
+        }
         let ctx = Context { isa: options.isa.unwrap_or_else(Isa::best), compute };
         let model =
             Model::new(checkpoint.config, &checkpoint.weights, ctx)?.with_other_sizes(options.other_sizes);
         Ok(Self { model, generation_config: checkpoint.generation_config })
+    }
+
+    /// Refuses a processor whose tokenizer has ids that the model lacks. One with fewer is fine: embeddings are
+    /// often padded.
+    pub fn check_processor(&self, processor: &Processor) -> Result<(), LoadError> {
+        let (tokenizer, model) = (processor.tokenizer().id_bound() as usize, self.model.vocab_size());
+        if tokenizer > model { Err(LoadError::Vocabulary { tokenizer, model }) } else { Ok(()) }
     }
 
     /// The forward pass by itself: image features, hidden states, logits.
@@ -112,7 +137,7 @@ impl StepModel for Idefics {
     }
 }
 
-/// bf16 if that is what most of the numbers are stored as.
+/// bf16 if that is what most of the numbers are stored as that are not packed.
 fn compute_type_of(weights: &Weights) -> Compute {
     let elements = |of: fn(DType) -> bool| -> usize {
         weights.iter().filter(|(_, weight)| of(weight.dtype())).map(|(_, weight)| weight.len()).sum()

@@ -4,6 +4,8 @@
 //! none, interval 1, a gate a channel). The tables give six significant digits, so comparisons allow half a
 //! unit of the sixth and the rounding of the sums before it.
 
+#![allow(clippy::excessive_precision)] // Values stand as they were printed.
+
 use std::sync::Arc;
 
 use idefics::{
@@ -79,7 +81,7 @@ fn the_vision_tower_and_the_resampler_give_the_printed_values() {
         let mut seen = Vec::new();
         model
             .encode_images_observed(&pictures, &mut |stage, x| {
-                seen.push((stage, ops::to_vec(x).expect("values")))
+                seen.push((stage, ops::to_vec(x).expect("values")));
             })
             .expect("image states");
         let of =

@@ -10,23 +10,32 @@ use idefics::{
     model::Model,
     ops::{Compute, Context, Isa},
     processor::PixelValues,
+    quantize::{Format, Recipe, quantize_weights},
 };
 use idefics_testing::{Golden, golden_fill, write_golden_checkpoint};
 
 const VOCAB: usize = 43;
 
+/// The golden models in every form of their weights, on every tier, in both types. Their narrow layers take the
+/// plain way through packed weights; wide ones are in `quantized.rs`.
 fn models() -> impl Iterator<Item = (String, Model)> {
-    let cases = [Golden::A, Golden::B].into_iter().flat_map(|golden| {
+    let formats = [None, Some(Format::Nf4), Some(Format::Nf4DoubleQuant), Some(Format::Q8)];
+    let forms =
+        [Golden::A, Golden::B].into_iter().flat_map(move |golden| formats.map(|format| (golden, format)));
+    let cases = forms.flat_map(|form| {
         [Compute::F32, Compute::Bf16]
             .into_iter()
-            .flat_map(move |compute| Isa::available().map(move |isa| (golden, Context { isa, compute })))
+            .flat_map(move |compute| Isa::available().map(move |isa| (form, Context { isa, compute })))
     });
-    cases.map(|(golden, ctx)| {
+    cases.map(|((golden, format), ctx)| {
         let dir = tempfile::tempdir().expect("a temporary directory");
         write_golden_checkpoint(dir.path(), golden);
-        let checkpoint = Checkpoint::open(dir.path()).expect("a sound checkpoint");
+        let mut checkpoint = Checkpoint::open(dir.path()).expect("a sound checkpoint");
+        if let Some(format) = format {
+            quantize_weights(&mut checkpoint.weights, &Recipe::new(format)).expect("packed weights");
+        }
         let model = Model::new(checkpoint.config, &checkpoint.weights, ctx).expect("a model");
-        (format!("{golden:?} {} {:?}", ctx.isa.tier(), ctx.compute), model)
+        (format!("{golden:?} {format:?} {} {:?}", ctx.isa.tier(), ctx.compute), model)
     })
 }
 

@@ -106,7 +106,8 @@ fn run_lines(
     config: &GenerationConfig,
     lines: Vec<(usize, anyhow::Result<Line>)>,
 ) -> anyhow::Result<()> {
-    let lines = Lines { lines, batch_size: args.batch_size, what: "prompts", reports_errors: args.json };
+    let lines =
+        Lines { entries: lines, batch_size: args.batch_size, what: "prompts", reports_errors: args.json };
     let prepare_line = |number, line: Line| {
         let mut fields = line.other;
         fields.insert("line".to_owned(), json!(number));

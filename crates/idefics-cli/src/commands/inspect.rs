@@ -4,8 +4,12 @@
 
 mod processor;
 mod report;
+mod tokenize;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::bail;
 use clap::ValueEnum;
@@ -29,6 +33,7 @@ Examples:
   idefics inspect ./model --context 1024 --batch 8 --images 2   # memory of such a workload
   idefics inspect ./model --keys --json                         # everything, for programs
   idefics inspect ./model --check-values                        # also look for NaN and infinity
+  idefics inspect ./model --tokenize lines.txt                  # token ids of each line
 
 The exit status is 0 only if nothing is wrong with the model.";
 
@@ -67,6 +72,14 @@ pub(crate) struct Args {
     /// Look at every number for NaN and infinity, even if the model has more than 1 GiB
     #[arg(long)]
     check_values: bool,
+
+    /// Print the token ids of each line of a text file (`-` for stdin) and nothing else, one JSON array a line
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["keys", "json", "context", "batch", "images", "dtype", "check_values"]
+    )]
+    tokenize: Option<PathBuf>,
 }
 
 /// Element type of the computation.
@@ -82,6 +95,9 @@ enum Compute {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let directory = resolve_model(&args.model)?;
+    if let Some(path) = &args.tokenize {
+        return tokenize::run(&directory, path);
+    }
     let config = read_config(&directory)?;
     let mut report = Report::new(&directory, &config);
     match Checkpoint::open(&directory) {
@@ -103,8 +119,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 fn describe(report: &mut Report, checkpoint: &Checkpoint, args: &Args) -> anyhow::Result<()> {
     report.add_weights(checkpoint)?;
     if args.keys {
-        report.tensors =
-            Some(checkpoint.weights.iter().map(|(name, weight)| TensorReport::new(name, weight)).collect());
+        let weights = &checkpoint.weights;
+        let dense = weights.iter().map(|(name, weight)| TensorReport::new(name, weight));
+        let packed = weights.iter_packed().map(|(name, weight)| TensorReport::packed(name, weight));
+        let mut tensors: Vec<_> = dense.chain(packed).collect();
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        report.tensors = Some(tensors);
     }
     if args.check_values || report.weight_bytes() < SMALL_MODEL {
         let values = check_values(&checkpoint.weights, report.weight_bytes());
@@ -123,13 +143,15 @@ fn check_values(weights: &Weights, bytes: u64) -> ValuesReport {
     // A moment's work needs no bar.
     let mut progress = (bytes > SMALL_MODEL / 8).then(|| ByteProgress::start("checking values", 0, bytes));
     let mut not_finite = BTreeMap::new();
-    for (name, weight) in weights.iter() {
-        let found = weight.count_non_finite();
+    let dense = weights.iter().map(|(name, weight)| (name, weight.count_non_finite(), weight.bytes().len()));
+    let packed =
+        weights.iter_packed().map(|(name, weight)| (name, weight.count_non_finite(), weight.num_bytes()));
+    for (name, found, bytes) in dense.chain(packed) {
         if !found.is_none() {
             not_finite.insert(name.to_owned(), found);
         }
         if let Some(progress) = &mut progress {
-            progress.advance(weight.bytes().len() as u64);
+            progress.advance(bytes as u64);
         }
     }
     if let Some(progress) = progress {

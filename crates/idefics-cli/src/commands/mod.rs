@@ -1,9 +1,11 @@
 //! One module per subcommand: `Args` for clap, `run` for the work.
 
 pub(crate) mod ask;
+pub(crate) mod bench;
 pub(crate) mod caption;
 pub(crate) mod classify;
 pub(crate) mod download;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod quantize;
 pub(crate) mod score;

@@ -78,7 +78,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let loaded = args.model.load()?;
     cancel::on_interrupt()?;
     let options = ScoreOptions { top: args.top, ..ScoreOptions::default() };
-    let lines = Lines { lines, batch_size: args.batch_size, what: "texts", reports_errors: true };
+    let lines = Lines { entries: lines, batch_size: args.batch_size, what: "texts", reports_errors: true };
     lines.run(
         |_, line| prepare(&loaded, line),
         |jobs: &[(Map<String, Value>, ScoreRequest)]| {

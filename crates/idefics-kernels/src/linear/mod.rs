@@ -18,8 +18,9 @@ use half::{bf16, f16};
 
 use crate::{
     Isa, Tier,
+    isa::multiversion,
     nf4::Nf4,
-    parallel::{SharedMut, for_each},
+    parallel::{SharedMut, for_each, for_each_run},
     q8::Q8,
     simd::{Element, portable::Portable},
 };
@@ -49,9 +50,12 @@ pub enum Compute {
     Bf16,
 }
 
-/// Weight rows that a thread takes at a time: as bf16 they fill some 40 % of a 1 MiB second-level cache at
-/// `K` = 5120, and a multiple of every tile width.
-const PANEL_ROWS: usize = 40;
+/// Weight rows of `k` elements that a thread takes at a time: as bf16 they fill half of a 1 MiB second-level
+/// cache, and they make a multiple of every tile width.
+fn panel_rows(k: usize) -> usize {
+    const TILES: usize = 20;
+    ((256 << 10) / k / TILES).clamp(1, 6) * TILES
+}
 
 impl Matrix<'_> {
     /// Number of elements.
@@ -101,10 +105,10 @@ pub fn linear(
         (Compute::F32, Matrix::F32(weight)) => job.widened(x, weight),
         (Compute::F32, Matrix::F16(weight)) => job.widened(x, weight),
         (Compute::F32, Matrix::Bf16(weight)) => job.widened(x, weight),
-        (Compute::Bf16, Matrix::F32(weight)) => job.rounded(&round(x), weight),
-        (Compute::Bf16, Matrix::F16(weight)) => job.rounded(&round(x), weight),
+        (Compute::Bf16, Matrix::F32(weight)) => job.rounded(&round_all(isa, x), weight),
+        (Compute::Bf16, Matrix::F16(weight)) => job.rounded(&round_all(isa, x), weight),
         (Compute::Bf16, Matrix::Bf16(weight)) => {
-            let x = round(x);
+            let x = round_all(isa, x);
             job.for_each_panel(|first, rows| {
                 job.bf16_panel(&x, &weight[first * k..(first + rows) * k], first);
             });
@@ -115,8 +119,23 @@ pub fn linear(
 }
 
 /// Activations rounded to bf16, to nearest even.
-fn round<E: Element>(values: &[E]) -> Vec<bf16> {
-    values.iter().map(|value| bf16::from_f32(value.widen())).collect()
+fn round_all(isa: Isa, values: &[f32]) -> Vec<bf16> {
+    let mut out = vec![bf16::ZERO; values.len()];
+    for_each_run(&mut out, 1 << 14, |first, out| round(isa, &values[first..first + out.len()], out));
+    out
+}
+
+multiversion! { fn round(values: &[f32], out: &mut [bf16]) = round_body }
+
+#[inline(always)]
+fn round_body<const FMA: bool>(values: &[f32], out: &mut [bf16]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        let bits = value.to_bits();
+        // Half a unit of the last kept place, less one where that place is even; NaN stays a quiet NaN.
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        let kept = if bits & 0x7fff_ffff > 0x7f80_0000 { bits >> 16 | 0x40 } else { rounded };
+        *out = bf16::from_bits(kept as u16);
+    }
 }
 
 /// What all panels of one product share.
@@ -133,9 +152,10 @@ impl Job<'_> {
     /// Runs `work(first weight row, number of rows)` over all panels, in parallel.
     fn for_each_panel(&self, work: impl Fn(usize, usize) + Sync + Send) {
         let flops = 2 * self.m * self.n * self.k;
-        for_each(self.n.div_ceil(PANEL_ROWS), flops, |index| {
-            let first = index * PANEL_ROWS;
-            work(first, PANEL_ROWS.min(self.n - first));
+        let rows = panel_rows(self.k);
+        for_each(self.n.div_ceil(rows), flops, |index| {
+            let first = index * rows;
+            work(first, rows.min(self.n - first));
         });
     }
 
@@ -148,7 +168,13 @@ impl Job<'_> {
     /// Rounds each panel of a wider weight on its way: the panel stays in cache for all rows of `x`.
     fn rounded<W: Element>(&self, x: &[bf16], weight: &[W]) {
         self.for_each_panel(|first, rows| {
-            self.bf16_panel(x, &round(&weight[first * self.k..(first + rows) * self.k]), first);
+            let weight = &weight[first * self.k..(first + rows) * self.k];
+            scratch::with(&scratch::WIDENED, weight.len(), |values| {
+                for (value, weight) in values.iter_mut().zip(weight) {
+                    *value = weight.widen();
+                }
+                self.round_then_multiply(x, values, first);
+            });
         });
     }
 
@@ -156,7 +182,7 @@ impl Job<'_> {
         let k = self.k;
         #[cfg(target_arch = "x86_64")]
         if k.is_multiple_of(packed::STEP) && self.isa.tier() >= Tier::Avx512 {
-            let x = packed::evens_then_odds(x);
+            let x = packed::evens_then_odds(self.isa, x);
             let blocks = k / packed::STEP;
             return self.packed::<packed::Nf4Format, _>(compute, &x, |first, rows| packed::Nf4Rows {
                 codes: &weight.codes[first * k / 2..(first + rows) * k / 2],
@@ -190,7 +216,7 @@ impl Job<'_> {
     fn unpacked(&self, compute: Compute, x: &[f32], read: impl Fn(usize, &mut [f32]) + Sync + Send) {
         let rounded = match compute {
             Compute::F32 => Vec::new(),
-            Compute::Bf16 => round(x),
+            Compute::Bf16 => round_all(self.isa, x),
         };
         self.for_each_panel(|first, rows| {
             scratch::with(&scratch::WIDENED, rows * self.k, |values| {
@@ -212,11 +238,11 @@ impl Job<'_> {
     {
         /// Rows of activations up to which weights are unpacked on their way into the products; for more, the
         /// unpacking is worth doing once.
-        const FUSED_ROWS: usize = 4;
+        const FUSED_ROWS: usize = 16;
         let has_pairs = self.isa.tier() == Tier::Avx512Bf16;
         let rounded = match compute {
             Compute::F32 => Vec::new(),
-            Compute::Bf16 => round(x),
+            Compute::Bf16 => round_all(self.isa, x),
         };
         self.for_each_panel(|first, rows| {
             let w = rows_of(first, rows);
@@ -251,9 +277,7 @@ impl Job<'_> {
     /// Rounds a panel of widened weights and multiplies it.
     fn round_then_multiply(&self, x: &[bf16], values: &[f32], first: usize) {
         scratch::with(&scratch::ROUNDED, values.len(), |pairs| {
-            for (pair, value) in pairs.iter_mut().zip(values) {
-                *pair = bf16::from_f32(*value);
-            }
+            round(self.isa, values, pairs);
             self.bf16_panel(x, pairs, first);
         });
     }
@@ -296,7 +320,7 @@ mod x86 {
 
     use super::{
         packed::{Packed, PackedPairs, PackedWidened},
-        tile::{DenseRows, Pairs, Panel, WeightRows, Widened, panel},
+        tile::{DenseRows, Pairs, Panel, WeightRows, Widened, packed_panel, panel},
     };
     use crate::simd::{Element, avx2::Avx2, avx512::Avx512};
 
@@ -321,7 +345,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     pub(super) unsafe fn packed_widened<F: Packed>(p: &Panel<'_, f32, &impl WeightRows<Row = F::Row>>) {
         // SAFETY: passed on.
-        unsafe { panel::<PackedWidened<F>, 4, 4>(p) }
+        unsafe { packed_panel::<PackedWidened<F>>(p) }
     }
 
     /// # Safety
@@ -329,7 +353,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     pub(super) unsafe fn packed_pairs<F: Packed>(p: &Panel<'_, bf16, &impl WeightRows<Row = F::Row>>) {
         // SAFETY: passed on.
-        unsafe { panel::<PackedPairs<F>, 4, 4>(p) }
+        unsafe { packed_panel::<PackedPairs<F>>(p) }
     }
 
     /// # Safety

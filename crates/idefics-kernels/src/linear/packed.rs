@@ -4,11 +4,12 @@
 //! more rows of activations the same registers are stored as a panel first, and the dense tiles take it from
 //! there: the same numbers in the same order, so the bits do not depend on the way.
 
+#![allow(clippy::cast_ptr_alignment)] // Loads are the unaligned ones throughout.
+
 use std::arch::x86_64::{
-    __m128i, __m256i, __m512, __m512bh, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_and_si512,
-    _mm512_castsi256_si512, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16,
-    _mm512_cvtepu8_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_permutexvar_ps, _mm512_set1_epi16, _mm512_set1_ps,
+    __m128i, __m256i, __m512, __m512bh, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_cvtepi8_epi32,
+    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32, _mm512_cvtne2ps_pbh, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_permutexvar_ps, _mm512_set1_ps,
     _mm512_setzero_ps, _mm512_srli_epi16, _mm512_srli_epi32,
 };
 
@@ -17,7 +18,12 @@ use std::borrow::Cow;
 use half::bf16;
 
 use super::tile::{Dot, WeightRows};
-use crate::simd::{Simd, avx512};
+use crate::{
+    Isa,
+    isa::multiversion,
+    parallel::for_each_run,
+    simd::{Simd, avx512},
+};
 
 /// Elements unpacked at a time: one block of NF4 or Q8.
 pub(crate) const STEP: usize = 64;
@@ -104,6 +110,8 @@ pub(crate) unsafe trait Packed {
     unsafe fn widened(row: Self::Row, at: usize) -> [__m512; 4];
     /// Elements `at..at + 64` as bf16, in the same order.
     unsafe fn pairs(row: Self::Row, at: usize) -> [__m512bh; 2];
+    /// Where element `at` lies; it may be past the row's end.
+    fn address(row: Self::Row, at: usize) -> *const u8;
 }
 
 /// NF4. Its order within a block is the even elements, then the odd ones: nibbles come apart that way.
@@ -136,13 +144,19 @@ unsafe impl Packed for Nf4Format {
         // SAFETY: the trait's contract; all types of one width share their bits.
         unsafe {
             // The block's 16 possible values, scaled and rounded once, are the table of the lookup.
-            let values = _mm512_cvtneps_pbh(scaled_map(row, at));
-            let table = _mm512_castsi256_si512(std::mem::transmute::<_, __m256i>(values));
+            // It stands there twice, so that the fifth bit of an index does not matter.
+            let values = scaled_map(row, at);
+            let table = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(values, values));
             let codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(row.codes.add(at / 2).cast::<__m256i>()));
             let even = _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), table);
-            let odd = _mm512_permutexvar_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(15)), table);
+            let odd = _mm512_permutexvar_epi16(codes, table);
             [as_pairs(even), as_pairs(odd)]
         }
+    }
+
+    #[inline(always)]
+    fn address(row: Nf4Row, at: usize) -> *const u8 {
+        row.codes.wrapping_add(at / 2)
     }
 }
 
@@ -188,6 +202,11 @@ unsafe impl Packed for Q8Format {
             let [a, b, c, d] = Self::widened(row, at);
             [_mm512_cvtne2ps_pbh(b, a), _mm512_cvtne2ps_pbh(d, c)]
         }
+    }
+
+    #[inline(always)]
+    fn address(row: Q8Row, at: usize) -> *const u8 {
+        row.codes.wrapping_add(at).cast()
     }
 }
 
@@ -240,6 +259,10 @@ unsafe impl<F: Packed> Dot for PackedWidened<F> {
         unsafe { [_mm512_setzero_ps(); 4] }
     }
     #[inline(always)]
+    fn address(row: Self::Row, at: usize) -> *const u8 {
+        F::address(row, at)
+    }
+    #[inline(always)]
     unsafe fn step(mut sums: __m512, x: Self::XV, w: Self::WV) -> __m512 {
         for i in 0..4 {
             // SAFETY: same contract.
@@ -287,6 +310,10 @@ unsafe impl<F: Packed> Dot for PackedPairs<F> {
     unsafe fn load_w_head(_: Self::Row, _: usize, _: usize) -> Self::WV {
         // SAFETY: zero bits are zeros.
         unsafe { [as_pairs(std::mem::zeroed()); 2] }
+    }
+    #[inline(always)]
+    fn address(row: Self::Row, at: usize) -> *const u8 {
+        F::address(row, at)
     }
     #[inline(always)]
     unsafe fn step(sums: __m512, x: Self::XV, w: Self::WV) -> __m512 {
@@ -347,11 +374,20 @@ pub(crate) unsafe fn unpack_pairs<F: Packed>(
 }
 
 /// Activations in the order of [`Nf4Format`]: of each 64, the even ones, then the odd ones.
-pub(crate) fn evens_then_odds<T: Copy>(x: &[T]) -> Vec<T> {
-    let mut out = Vec::with_capacity(x.len());
-    for block in x.chunks_exact(STEP) {
-        out.extend(block.iter().step_by(2));
-        out.extend(block.iter().skip(1).step_by(2));
-    }
+pub(crate) fn evens_then_odds(isa: Isa, x: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    for_each_run(&mut out, 256 * STEP, |first, out| reorder(isa, &x[first..first + out.len()], out));
     out
+}
+
+multiversion! { fn reorder(x: &[f32], out: &mut [f32]) = reorder_body }
+
+#[inline(always)]
+fn reorder_body<const FMA: bool>(x: &[f32], out: &mut [f32]) {
+    for (out, x) in out.as_chunks_mut::<STEP>().0.iter_mut().zip(x.as_chunks::<STEP>().0) {
+        for i in 0..STEP / 2 {
+            out[i] = x[2 * i];
+            out[STEP / 2 + i] = x[2 * i + 1];
+        }
+    }
 }

@@ -171,7 +171,27 @@ fn the_bf16_tier_rounds_as_the_widened_one_does() {
 }
 
 /// Packed weights of all kinds with their plain values.
-fn packed_cases(n: usize, k: usize) -> (Vec<u8>, Vec<f32>, Vec<f32>, Vec<i8>, Vec<f32>, Vec<f32>) {
+struct PackedCase {
+    nf4_codes: Vec<u8>,
+    nf4_scales: Vec<f32>,
+    nf4_values: Vec<f32>,
+    q8_codes: Vec<i8>,
+    q8_scales: Vec<f32>,
+    q8_values: Vec<f32>,
+}
+
+impl PackedCase {
+    fn nf4(&self) -> Matrix<'_> {
+        let scales = Scales::Plain(&self.nf4_scales);
+        Matrix::Nf4(Nf4 { codes: &self.nf4_codes, scales, map: &nf4::CODE_VALUES })
+    }
+
+    fn q8(&self) -> Matrix<'_> {
+        Matrix::Q8(Q8 { codes: &self.q8_codes, scales: &self.q8_scales })
+    }
+}
+
+fn packed_case(n: usize, k: usize) -> PackedCase {
     let w = noise(n * k, 20);
     let (nf4_codes, nf4_scales) = nf4::quantize(&w);
     let weight = Nf4 { codes: &nf4_codes, scales: Scales::Plain(&nf4_scales), map: &nf4::CODE_VALUES };
@@ -180,7 +200,7 @@ fn packed_cases(n: usize, k: usize) -> (Vec<u8>, Vec<f32>, Vec<f32>, Vec<i8>, Ve
     let weight = Q8 { codes: &q8_codes, scales: &q8_scales };
     let mut q8_values = vec![0.0; n * k];
     q8_values.chunks_mut(k).enumerate().for_each(|(row, out)| weight.read_row(row, out));
-    (nf4_codes, nf4_scales, nf4_values, q8_codes, q8_scales, q8_values)
+    PackedCase { nf4_codes, nf4_scales, nf4_values, q8_codes, q8_scales, q8_values }
 }
 
 #[test]
@@ -190,12 +210,12 @@ fn packed_weights_agree_with_their_values_on_every_tier_and_way() {
         [(1, 43, 64), (3, 40, 128), (4, 7, 320), (5, 81, 192), (9, 50, 64), (2, 6, 100), (6, 42, 34)]
     {
         let x = noise(m * k, 21);
-        let (codes, scales, values, q8_codes, q8_scales, q8_values) = packed_cases(n, k);
-        let nf4 = Matrix::Nf4(Nf4 { codes: &codes, scales: Scales::Plain(&scales), map: &nf4::CODE_VALUES });
-        let q8 = Matrix::Q8(Q8 { codes: &q8_codes, scales: &q8_scales });
+        let case = packed_case(n, k);
         let round = |v: &[f32]| v.iter().map(|v| bf16::from_f32(*v).to_f32()).collect::<Vec<_>>();
         for isa in Isa::available() {
-            for (name, matrix, values) in [("nf4", nf4, &values), ("q8", q8, &q8_values)] {
+            for (name, matrix, values) in
+                [("nf4", case.nf4(), &case.nf4_values), ("q8", case.q8(), &case.q8_values)]
+            {
                 for (compute, x_as, w_as) in
                     [(Compute::F32, x.clone(), values.clone()), (Compute::Bf16, round(&x), round(values))]
                 {
@@ -218,18 +238,15 @@ fn packed_weights_agree_with_their_values_on_every_tier_and_way() {
 fn a_row_of_a_packed_product_gives_the_same_bits_alone_and_in_any_batch() {
     let (m, n, k) = (11, 90, 192);
     let x = noise(m * k, 22);
-    let (codes, scales, _, q8_codes, q8_scales, _) = packed_cases(n, k);
+    let case = packed_case(n, k);
+    let scales = &case.nf4_scales;
     let nested_map: [f32; 256] = std::array::from_fn(|i| i as f32 / 100.0);
     let nested_codes: Vec<u8> = (0..scales.len()).map(|i| (i * 31 % 251) as u8).collect();
     let nested_absmax = vec![0.7; scales.len().div_ceil(nf4::NESTED_BLOCK)];
     let nested =
         Scales::Nested { codes: &nested_codes, map: &nested_map, absmax: &nested_absmax, offset: 0.1 };
-    let map = &nf4::CODE_VALUES;
-    for matrix in [
-        Matrix::Nf4(Nf4 { codes: &codes, scales: Scales::Plain(&scales), map }),
-        Matrix::Nf4(Nf4 { codes: &codes, scales: nested, map }),
-        Matrix::Q8(Q8 { codes: &q8_codes, scales: &q8_scales }),
-    ] {
+    let nested = Matrix::Nf4(Nf4 { codes: &case.nf4_codes, scales: nested, map: &nf4::CODE_VALUES });
+    for matrix in [case.nf4(), nested, case.q8()] {
         for isa in Isa::available() {
             for compute in [Compute::F32, Compute::Bf16] {
                 let together = run(isa, compute, &x, matrix, k, None);
@@ -239,5 +256,27 @@ fn a_row_of_a_packed_product_gives_the_same_bits_alone_and_in_any_batch() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn rounding_is_that_of_the_half_crate() {
+    let mut values = noise(1000, 30);
+    values.extend([
+        0.0,
+        -0.0,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::MAX,
+        f32::MIN_POSITIVE,
+        1e-42,
+        1.003_906_2,
+    ]);
+    for isa in Isa::available() {
+        let rounded = super::round_all(isa, &values);
+        for (value, rounded) in values.iter().zip(&rounded) {
+            assert_eq!(rounded.to_bits(), bf16::from_f32(*value).to_bits(), "{value}");
+        }
+        assert!(super::round_all(isa, &[f32::NAN])[0].is_nan());
     }
 }

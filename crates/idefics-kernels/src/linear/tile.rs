@@ -35,6 +35,8 @@ pub(crate) unsafe trait Dot {
     unsafe fn load_w(row: Self::Row, at: usize) -> Self::WV;
     /// Elements `at..at + n` of a weight row, zeros behind.
     unsafe fn load_w_head(row: Self::Row, at: usize, n: usize) -> Self::WV;
+    /// Where element `at` of a weight row lies; `at` may be past the row's end.
+    fn address(row: Self::Row, at: usize) -> *const u8;
     unsafe fn step(sums: Self::Sums, x: Self::XV, w: Self::WV) -> Self::Sums;
     unsafe fn sum(sums: Self::Sums) -> f32;
 }
@@ -75,6 +77,10 @@ unsafe impl<S: Simd, X: Element, W: Element> Dot for Widened<S, X, W> {
     unsafe fn load_w_head(row: *const W, at: usize, n: usize) -> S::V {
         // SAFETY: same contract.
         unsafe { W::load_head::<S>(row.add(at), n) }
+    }
+    #[inline(always)]
+    fn address(row: *const W, at: usize) -> *const u8 {
+        row.wrapping_add(at).cast()
     }
     #[inline(always)]
     unsafe fn step(sums: S::V, x: S::V, w: S::V) -> S::V {
@@ -126,6 +132,10 @@ unsafe impl Dot for Pairs {
     unsafe fn load_w_head(row: *const bf16, at: usize, n: usize) -> Self::WV {
         // SAFETY: same contract.
         unsafe { crate::simd::avx512::load_pairs_head(row.add(at), n) }
+    }
+    #[inline(always)]
+    fn address(row: *const bf16, at: usize) -> *const u8 {
+        row.wrapping_add(at).cast()
     }
     #[inline(always)]
     unsafe fn step(sums: Self::Sums, x: Self::XV, w: Self::WV) -> Self::Sums {
@@ -216,49 +226,86 @@ pub(crate) unsafe fn panel<D: Dot, const MR: usize, const NR: usize>(
     let m = p.x.len() / p.k;
     let mut row = 0;
     while row < m {
-        // SAFETY: passed on; `row + height <= m`.
+        let count = (m - row).min(MR);
+        // SAFETY: passed on; `row + count <= m`.
         unsafe {
-            match (m - row).min(MR) {
-                1 => strip::<D, 1, NR>(p, row),
-                2 => strip::<D, 2, NR>(p, row),
-                3 => strip::<D, 3, NR>(p, row),
-                4 => strip::<D, 4, NR>(p, row),
-                _ => strip::<D, 5, NR>(p, row),
+            match count {
+                1 => strip::<D, 1, NR>(p, row, count),
+                2 => strip::<D, 2, NR>(p, row, count),
+                3 => strip::<D, 3, NR>(p, row, count),
+                4 => strip::<D, 4, NR>(p, row, count),
+                _ => strip::<D, 5, NR>(p, row, count),
             }
         }
-        row += (m - row).min(MR);
+        row += count;
     }
 }
 
-/// `MR` rows of activations against all weight rows of the panel.
+/// As [`panel`], for weights that take work to load: few rows of activations share each load among all of
+/// them, and a wider strip pays even where some of its rows are empty.
 ///
 /// # Safety
-/// As [`panel`]; `row + MR` rows of activations exist.
+/// As [`panel`].
+#[inline(always)]
+pub(crate) unsafe fn packed_panel<D: Dot>(p: &Panel<'_, D::X, impl WeightRows<Row = D::Row>>) {
+    let m = p.x.len() / p.k;
+    let mut row = 0;
+    while row < m {
+        let count = (m - row).min(8);
+        // SAFETY: passed on; `row + count <= m`.
+        unsafe {
+            match count {
+                1 => strip::<D, 1, 4>(p, row, count),
+                2 => strip::<D, 2, 4>(p, row, count),
+                3 | 4 => strip::<D, 4, 4>(p, row, count),
+                _ => strip::<D, 8, 2>(p, row, count),
+            }
+        }
+        row += count;
+    }
+}
+
+/// `count` rows of activations from `row` on, `MR` at most, against all weight rows of the panel.
+///
+/// # Safety
+/// As [`panel`]; the rows of activations exist.
 #[inline(always)]
 unsafe fn strip<D: Dot, const MR: usize, const NR: usize>(
     p: &Panel<'_, D::X, impl WeightRows<Row = D::Row>>,
     row: usize,
+    count: usize,
 ) {
     let rows = p.w.count();
-    let x: [*const D::X; MR] = std::array::from_fn(|i| p.x[(row + i) * p.k..(row + i + 1) * p.k].as_ptr());
-    let mut col = 0;
-    while col < rows {
-        // Past the last row the tile repeats it; the doubled results are dropped below.
-        let w: [D::Row; NR] = std::array::from_fn(|j| p.w.row((col + j).min(rows - 1)));
+    // Past the last row the tile repeats it; the doubled results are dropped below.
+    let x: [*const D::X; MR] = std::array::from_fn(|i| {
+        let row = row + i.min(count - 1);
+        p.x[row * p.k..(row + 1) * p.k].as_ptr()
+    });
+    // A tile takes rows that lie apart, so that from tile to tile each of its streams runs straight on through
+    // memory: neighbouring rows would be short streams, which the processor's prefetching learns too late.
+    let apart = rows.div_ceil(NR);
+    for step in 0..apart {
+        // Where the last stream is shorter the tile repeats a row; the doubled results are dropped below.
+        let w: [D::Row; NR] = std::array::from_fn(|j| p.w.row((step + j * apart).min(rows - 1)));
+        // The first strip is the one that waits for memory; later ones find the panel in cache.
+        let ahead = if row == 0 { Some(p.k) } else { None };
         // SAFETY: each pointer starts a row of `k` elements.
-        let tile = unsafe { tile::<D, MR, NR>(x, w, p.k) };
-        for (i, sums) in tile.iter().enumerate() {
-            for (j, sum) in sums.iter().enumerate().take(rows - col) {
-                let value = p.bias.map_or(*sum, |bias| sum + bias[col + j]);
-                // SAFETY: row and column lie inside the output; the columns are this thread's own.
-                unsafe { p.out.write((row + i) * p.n + p.first + col + j, value) };
+        let tile = unsafe { tile::<D, MR, NR>(x, w, p.k, ahead) };
+        for (i, sums) in tile.iter().enumerate().take(count) {
+            for (j, sum) in sums.iter().enumerate() {
+                let col = step + j * apart;
+                if col < rows {
+                    let value = p.bias.map_or(*sum, |bias| sum + bias[col]);
+                    // SAFETY: row and column lie inside the output; the columns are this thread's own.
+                    unsafe { p.out.write((row + i) * p.n + p.first + col, value) };
+                }
             }
         }
-        col += NR;
     }
 }
 
-/// `MR × NR` dot products of length `k`.
+/// `MR × NR` dot products of length `k`. What lies `ahead` elements behind each weight row's position is asked
+/// for as it goes: rows are short streams, which the processor's own prefetching learns too late.
 ///
 /// # Safety
 /// The processor has the instruction set of `D`; each row can be read for `k` elements.
@@ -267,6 +314,7 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
     x: [*const D::X; MR],
     w: [D::Row; NR],
     k: usize,
+    ahead: Option<usize>,
 ) -> [[f32; NR]; MR] {
     // SAFETY: all loads stay below `k`, by the loop conditions.
     unsafe {
@@ -274,6 +322,11 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
         let mut at = 0;
         while at + D::STEP <= k {
             // Not a closure: one that is not inlined would compile without the instruction set.
+            if let Some(ahead) = ahead {
+                for row in w {
+                    prefetch(D::address(row, at + ahead));
+                }
+            }
             let mut wv = [D::load_w(w[0], at); NR];
             for j in 1..NR {
                 wv[j] = D::load_w(w[j], at);
@@ -302,4 +355,16 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
         }
         out
     }
+}
+
+/// Asks for a line of memory without waiting for it; any address will do.
+#[inline(always)]
+fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and never faults; every x86-64 processor has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }

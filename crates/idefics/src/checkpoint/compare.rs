@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    CheckpointError, Weights,
+    CheckpointError, PackedError, Part, Weights,
     header::printable,
     layout::{ADDITIONAL_EMBEDDING, ADDITIONAL_FC, EMBED_TOKENS, LM_HEAD, expected_tensors},
 };
@@ -23,6 +23,10 @@ pub struct Mismatch {
     pub unexpected: Vec<String>,
     /// In a file, but of another shape.
     pub wrong_shape: Vec<WrongShape>,
+    /// Packed, but not a linear layer's: the model needs the numbers themselves.
+    pub not_linear: Vec<String>,
+    /// Packed, but not soundly.
+    pub unsound: Vec<(String, PackedError)>,
 }
 
 /// A tensor of another shape than the configuration calls for.
@@ -37,11 +41,16 @@ pub struct WrongShape {
 }
 
 /// Checks names and shapes of all weights, then ties the heads to the embeddings if the configuration says so.
-pub(super) fn check(weights: &mut Weights, config: &IdeficsConfig) -> Result<(), CheckpointError> {
+/// `unsound` are the packed weights that were given up.
+pub(super) fn check(
+    weights: &mut Weights,
+    unsound: Vec<(String, PackedError)>,
+    config: &IdeficsConfig,
+) -> Result<(), CheckpointError> {
     check_additional_vocab(weights, config)?;
-    let mismatch = compare(weights, config);
+    let mismatch = compare(weights, unsound, config);
     if mismatch != Mismatch::default() {
-        return Err(CheckpointError::Mismatch(mismatch));
+        return Err(CheckpointError::Mismatch(Box::new(mismatch)));
     }
     if config.tie_word_embeddings {
         // As the reference does, the embedding wins over a head that the file may hold as well.
@@ -81,23 +90,31 @@ fn check_additional_vocab(weights: &Weights, config: &IdeficsConfig) -> Result<(
     Ok(())
 }
 
-fn compare(weights: &Weights, config: &IdeficsConfig) -> Mismatch {
-    let mut mismatch = Mismatch::default();
+fn compare(weights: &Weights, unsound: Vec<(String, PackedError)>, config: &IdeficsConfig) -> Mismatch {
+    let mut mismatch = Mismatch { unsound, ..Mismatch::default() };
     let mut known = BTreeSet::new();
     for (name, expected) in expected_tensors(config) {
-        match weights.get(&name) {
+        let is_packed = weights.get_packed(&name).is_some();
+        match weights.get_linear(&name) {
+            _ if mismatch.unsound.iter().any(|(unsound, _)| *unsound == name) => {}
             None if config.tie_word_embeddings && HEADS.iter().any(|(head, _)| *head == name) => {}
             None => mismatch.missing.push(name.clone()),
             Some(weight) if weight.shape() != expected => {
                 let got = weight.shape().to_vec();
                 mismatch.wrong_shape.push(WrongShape { name: name.clone(), expected, got });
             }
+            Some(_) if is_packed && Part::of_linear(&name).is_none() => {
+                mismatch.not_linear.push(name.clone());
+            }
             Some(_) => {}
         }
         known.insert(name);
     }
-    let unexpected = weights.iter().filter(|(name, _)| !known.contains(*name));
-    mismatch.unexpected = unexpected.map(|(name, _)| name.to_owned()).collect();
+    let dense = weights.iter().map(|(name, _)| name);
+    let unexpected =
+        dense.chain(weights.iter_packed().map(|(name, _)| name)).filter(|name| !known.contains(*name));
+    mismatch.unexpected = unexpected.map(str::to_owned).collect();
+    mismatch.unexpected.sort();
     mismatch
 }
 
@@ -120,6 +137,21 @@ impl fmt::Display for Mismatch {
                 format!("{}: expected {expected:?}, got {got:?}", name_list(names))
             });
             parts.push(format!("{} of another shape: {}", self.wrong_shape.len(), shortened(ways)));
+        }
+        if !self.not_linear.is_empty() {
+            let names = name_list(&self.not_linear);
+            parts.push(format!(
+                "{} packed, though no linear layer reads them: {names}",
+                self.not_linear.len()
+            ));
+        }
+        if !self.unsound.is_empty() {
+            let mut ways: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+            for (name, error) in &self.unsound {
+                ways.entry(error.to_string()).or_default().push(name);
+            }
+            let ways = ways.iter().map(|(error, names)| format!("{}: {error}", name_list(names)));
+            parts.push(format!("{} packed unsoundly: {}", self.unsound.len(), shortened(ways)));
         }
         f.write_str(&parts.join("; "))
     }
@@ -213,6 +245,7 @@ mod tests {
             missing: vec!["a.0.x".to_owned(), "a.1.x".to_owned()],
             unexpected: vec!["b".to_owned()],
             wrong_shape: vec![wrong(0), wrong(1)],
+            ..Mismatch::default()
         };
         assert_eq!(
             mismatch.to_string(),

@@ -109,15 +109,27 @@ pub enum CheckpointError {
         /// Its type.
         dtype: String,
     },
-    /// Quantized weights.
+    /// Weights that are quantized in another way than the supported ones.
     #[error(
-        "`{path}`: the weights are quantized ({method}), which is not supported yet: use the unquantized model"
+        "`{path}`: the weights are quantized ({method}), which is not supported: use the unquantized model, \
+         bitsandbytes nf4, or what `idefics quantize` makes of it"
     )]
     Quantized {
         /// The file that shows it.
         path: PathBuf,
         /// Whose format.
         method: String,
+    },
+    /// Quantized weights in a directory whose configuration does not say so.
+    #[error(
+        "`{path}` holds the bitsandbytes tensor `{name}`, but `config.json` has no `quantization_config`: \
+         take the configuration that was saved with the weights"
+    )]
+    Undeclared {
+        /// The file.
+        path: PathBuf,
+        /// One of the tensors, made printable.
+        name: String,
     },
     /// Pickled weights and nothing else.
     #[error(
@@ -148,7 +160,7 @@ pub enum CheckpointError {
     },
     /// Tensors that the configuration does not call for, or calls for in vain.
     #[error("the tensors do not fit the configuration: {0}")]
-    Mismatch(Mismatch),
+    Mismatch(Box<Mismatch>),
     /// A weight was asked for that is not there; impossible after a successful check.
     #[error("no tensor `{name}`")]
     NoSuchTensor {

@@ -72,6 +72,60 @@ impl fmt::Display for Component {
     }
 }
 
+/// A part of the model whose linear layers may be packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Part {
+    /// The LLaMA layers.
+    Text,
+    /// The gated cross-attention blocks.
+    Cross,
+    /// The CLIP tower.
+    Vision,
+    /// The resampler.
+    Perceiver,
+}
+
+impl Part {
+    /// Every part.
+    pub const ALL: [Self; 4] = [Self::Text, Self::Cross, Self::Vision, Self::Perceiver];
+
+    /// The part of which `name` is the weight of a linear layer. Embeddings, norms, gates, heads and the patch
+    /// embedding, a convolution to the reference, belong to none.
+    pub fn of_linear(name: &str) -> Option<Self> {
+        let part = match Component::of(name) {
+            Component::Decoder => Self::Text,
+            Component::GatedCrossAttention => Self::Cross,
+            Component::Vision => Self::Vision,
+            Component::Perceiver => Self::Perceiver,
+            _ => return None,
+        };
+        let layer = name.strip_suffix(".weight")?.rsplit('.').next()?;
+        (layer.ends_with("_proj") || matches!(layer, "fc" | "fc1" | "fc2")).then_some(part)
+    }
+
+    /// The module of the reference that holds the part.
+    pub fn module(self) -> &'static str {
+        match self {
+            Self::Text => "model.layers",
+            Self::Cross => "model.gated_cross_attn_layers",
+            Self::Vision => "model.vision_model",
+            Self::Perceiver => "model.perceiver_resampler",
+        }
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text",
+            Self::Cross => "cross",
+            Self::Vision => "vision",
+            Self::Perceiver => "perceiver",
+        })
+    }
+}
+
 /// Name and shape of every tensor that a model of this configuration has, the heads included even if they are
 /// tied to the embeddings.
 pub fn expected_tensors(config: &IdeficsConfig) -> Vec<(String, Vec<usize>)> {
@@ -322,6 +376,32 @@ mod tests {
         let shapes = expected_tensors(&bare);
         let alpha = shapes.iter().find(|(name, _)| name.ends_with("0.alpha_dense")).unwrap();
         assert_eq!(alpha.1, [1, 1, 256]);
+    }
+
+    /// Exactly the modules that are `nn.Linear` in the reference, but for the heads.
+    #[test]
+    fn linear_layers_of_each_part() {
+        let mut counts = [0; 4];
+        for (name, shape) in expected_tensors(&published(32, 4096, 11008)) {
+            if let Some(part) = Part::of_linear(&name) {
+                assert_eq!(shape.len(), 2, "{name}");
+                assert!(name.starts_with(part.module()), "{name}");
+                counts[part as usize] += 1;
+            }
+        }
+        assert_eq!(counts, [32 * 7, 8 * 7, 32 * 6, 6 * 6]);
+        for name in [
+            "lm_head.weight",
+            "lm_head.additional_fc.weight",
+            "model.embed_tokens.weight",
+            "model.vision_model.embeddings.patch_embedding.weight",
+            "model.vision_model.embeddings.position_embedding.weight",
+            "model.vision_model.encoder.layers.0.mlp.fc1.bias",
+            "model.layers.0.input_layernorm.weight",
+            "model.perceiver_resampler.latents",
+        ] {
+            assert_eq!(Part::of_linear(name), None, "{name}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! either returns tensors that fit the configuration exactly or says what is wrong. Opening reads the headers
 //! only; weights stay where they are mapped.
 
+mod assemble;
 mod compare;
 mod error;
 mod generation_config;
@@ -12,6 +13,7 @@ pub mod hub;
 mod index;
 mod layout;
 mod mmap;
+mod packed;
 mod scan;
 mod weight;
 mod weights;
@@ -23,17 +25,21 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use assemble::PackedError;
 pub use compare::{Mismatch, WrongShape};
 pub use error::CheckpointError;
 pub use generation_config::{EarlyStopping, GenerationConfigFile, StopStrings};
 pub use header::{HeaderError, TensorInfo, parse_header};
 pub use index::{Index, IndexError};
-pub use layout::{Component, expected_tensors};
+pub use layout::{Component, Part, expected_tensors};
+pub(crate) use packed::torch_name;
+pub use packed::{LinearWeight, Nf4Weight, PackedWeight, Q8Weight};
 pub use scan::NonFinite;
 pub use weight::{DType, Weight};
 pub use weights::Weights;
 
-use crate::config::IdeficsConfig;
+use crate::{config::IdeficsConfig, quantize::Format};
+use assemble::Scheme;
 use error::io_error;
 use weights::Gathered;
 
@@ -43,7 +49,7 @@ const MAX_CONFIG_BYTES: u64 = 4 << 20;
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 
 const WEIGHTS_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// A model directory, opened and found consistent.
 #[derive(Debug)]
@@ -71,7 +77,7 @@ impl Checkpoint {
         let directory = directory.as_ref();
         let config = read_config(directory)?;
         let generation_config = read_generation_config(directory)?;
-        refuse_quantized(directory, &config)?;
+        let scheme = scheme(directory, &config)?;
         let files = weight_files(directory)?;
         let mut gathered = Gathered::default();
         for path in &files.paths {
@@ -80,8 +86,9 @@ impl Checkpoint {
         if let Some((path, index)) = &files.index {
             check_index(path, index, &gathered)?;
         }
+        let unsound = gathered.assemble(scheme)?;
         let Gathered { mut weights, ignored, .. } = gathered;
-        compare::check(&mut weights, &config)?;
+        compare::check(&mut weights, unsound, &config)?;
         Ok(Self {
             directory: directory.to_owned(),
             config,
@@ -91,6 +98,20 @@ impl Checkpoint {
             ignored,
         })
     }
+}
+
+/// Maps one weight file, packed in that format where it is packed.
+pub(crate) fn read_packed_file(path: &Path, format: Option<Format>) -> Result<Weights, CheckpointError> {
+    let mut gathered = Gathered::default();
+    gathered.add_file(path)?;
+    let unsound = gathered.assemble(format.map(|format| match format {
+        Format::Nf4 | Format::Nf4DoubleQuant => Scheme::Nf4,
+        Format::Q8 => Scheme::Q8,
+    }))?;
+    if unsound.is_empty() {
+        return Ok(gathered.weights);
+    }
+    Err(CheckpointError::Mismatch(Box::new(Mismatch { unsound, ..Mismatch::default() })))
 }
 
 /// Reads and validates `config.json`.
@@ -184,21 +205,35 @@ fn no_weights(directory: &Path) -> CheckpointError {
     }
 }
 
-/// Names the quantization of a directory that says it is quantized.
-fn refuse_quantized(directory: &Path, config: &IdeficsConfig) -> Result<(), CheckpointError> {
-    if let Some(quantization) = &config.quantization_config {
-        let method = match quantization.quant_method.as_deref() {
-            Some(method) => header::printable(method),
-            None if quantization.load_in_4bit || quantization.load_in_8bit => "bitsandbytes".to_owned(),
-            None => "by an unnamed method".to_owned(),
-        };
-        return Err(CheckpointError::Quantized { path: directory.join("config.json"), method });
+/// `quant_method` of directories that hold Q8 weights.
+pub(crate) const Q8_METHOD: &str = "idefics_q8";
+
+/// How the configuration says that weights are packed; a way that is not supported is an error that names it.
+fn scheme(directory: &Path, config: &IdeficsConfig) -> Result<Option<Scheme>, CheckpointError> {
+    let refuse =
+        |file: &str, method: String| Err(CheckpointError::Quantized { path: directory.join(file), method });
+    let Some(quantization) = &config.quantization_config else {
+        if directory.join("quantize_config.json").exists() {
+            return refuse("quantize_config.json", "GPTQ or AWQ".to_owned());
+        }
+        return Ok(None);
+    };
+    let method = match quantization.quant_method.as_deref() {
+        Some(Q8_METHOD) => return Ok(Some(Scheme::Q8)),
+        Some("bitsandbytes") => "bitsandbytes",
+        None if quantization.load_in_4bit || quantization.load_in_8bit => "bitsandbytes",
+        Some(method) => return refuse("config.json", header::printable(method)),
+        None => return refuse("config.json", "by an unnamed method".to_owned()),
+    };
+    // As bitsandbytes' own configuration: nothing means fp4.
+    match quantization.bnb_4bit_quant_type.as_deref().unwrap_or("fp4") {
+        _ if quantization.load_in_8bit => refuse("config.json", format!("{method} in 8 bits")),
+        "nf4" if quantization.load_in_4bit => Ok(Some(Scheme::Nf4)),
+        _ if !quantization.load_in_4bit => {
+            refuse("config.json", format!("{method}, neither in 4 nor in 8 bits"))
+        }
+        kind => refuse("config.json", format!("{method} {}", header::printable(kind))),
     }
-    let path = directory.join("quantize_config.json");
-    if path.exists() {
-        return Err(CheckpointError::Quantized { path, method: "GPTQ or AWQ".to_owned() });
-    }
-    Ok(())
 }
 
 /// Reads a whole text file that may not be longer than `limit`.

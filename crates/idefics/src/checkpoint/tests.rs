@@ -7,6 +7,8 @@ use tempfile::TempDir;
 
 use super::*;
 
+mod packed;
+
 const CONFIG: &str = r#"{"model_type": "idefics", "vocab_size": 40, "additional_vocab_size": 3, "hidden_size": 16,
     "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "cross_layer_interval": 2,
     "qk_layer_norms": true, "use_resampler": true, "torch_dtype": "float32",
@@ -253,7 +255,7 @@ fn quantized_models_are_named() {
             model.replace(bits, Dtype::U8, &[192, 1]);
             model.add(&format!("{bits}.absmax"), Dtype::F32, &[6]);
         },
-        "the weights are quantized (bitsandbytes), which is not supported yet",
+        "holds the bitsandbytes tensor `model.layers.0.mlp.up_proj.weight.absmax`, but `config.json` has no",
     );
     check_spoilt(
         |model| model.add("model.layers.0.mlp.up_proj.qweight", Dtype::I32, &[2, 24]),
@@ -265,7 +267,7 @@ fn quantized_models_are_named() {
     );
     check_spoilt(
         |model| model.config["quantization_config"] = serde_json::json!({"load_in_4bit": true}),
-        "quantized (bitsandbytes)",
+        "quantized (bitsandbytes fp4)",
     );
     let directory = Model::good().write();
     fs::write(directory.path().join("quantize_config.json"), "{}").unwrap();

@@ -58,7 +58,41 @@ impl fmt::Display for DType {
 }
 
 /// Who owns the bytes of a weight: a file map, or a vector.
-type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
+pub(super) type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Bytes of a file map or a vector, shared.
+#[derive(Clone)]
+pub(super) struct Bytes {
+    owner: Owner,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// `range` of `owner`'s bytes. The caller has checked that it lies inside.
+    pub(super) fn new(owner: Owner, range: Range<usize>) -> Self {
+        Self { owner, range }
+    }
+
+    /// A weight of these bytes, which are as many as the shape says.
+    pub(super) fn into_weight(self, dtype: DType, shape: Vec<usize>) -> Weight {
+        Weight::from_owner(self.owner, self.range, dtype, shape)
+    }
+}
+
+impl<T: bytemuck::Pod + Send + Sync> From<Vec<T>> for Bytes {
+    fn from(values: Vec<T>) -> Self {
+        let range = 0..size_of_val(values.as_slice());
+        Self { owner: Arc::new(Elements(values)), range }
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
 
 /// A dense row-major tensor that shares the bytes of the file it came from.
 ///

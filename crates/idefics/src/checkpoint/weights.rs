@@ -7,55 +7,85 @@ use std::{
 };
 
 use super::{
-    CheckpointError, Weight,
+    CheckpointError, LinearWeight, PackedWeight, Weight,
+    assemble::{PackedError, RawTensor, Scheme, assemble},
     error::io_error,
     header::{parse_header, printable},
     layout::is_ignored,
     mmap::MappedFile,
-    weight::DType,
+    weight::{Bytes, DType},
 };
 
-/// Named weights, in the order of their names.
+/// Named weights, in the order of their names. Those of linear layers may be packed.
 ///
 /// A model takes each weight out once; what is left at the end was not used.
 #[derive(Debug, Clone, Default)]
-pub struct Weights(BTreeMap<String, Weight>);
+pub struct Weights {
+    dense: BTreeMap<String, Weight>,
+    packed: BTreeMap<String, PackedWeight>,
+}
 
 impl Weights {
-    /// The weight of this name.
+    /// The dense weight of this name.
     pub fn get(&self, name: &str) -> Option<&Weight> {
-        self.0.get(name)
+        self.dense.get(name)
     }
 
-    /// Moves the weight of this name out.
+    /// The packed weight of this name.
+    pub fn get_packed(&self, name: &str) -> Option<&PackedWeight> {
+        self.packed.get(name)
+    }
+
+    /// The weight of this name in whatever form it is stored.
+    pub fn get_linear(&self, name: &str) -> Option<LinearWeight> {
+        let dense = || self.dense.get(name).cloned().map(LinearWeight::Dense);
+        self.packed.get(name).cloned().map(LinearWeight::Packed).or_else(dense)
+    }
+
+    /// Moves the dense weight of this name out.
     pub fn take(&mut self, name: &str) -> Result<Weight, CheckpointError> {
-        self.0.remove(name).ok_or_else(|| CheckpointError::NoSuchTensor { name: name.to_owned() })
+        self.dense.remove(name).ok_or_else(|| CheckpointError::NoSuchTensor { name: name.to_owned() })
     }
 
     /// Adds a weight, or replaces the one of this name.
     pub fn insert(&mut self, name: impl Into<String>, weight: Weight) {
-        self.0.insert(name.into(), weight);
+        let name = name.into();
+        self.packed.remove(&name);
+        self.dense.insert(name, weight);
     }
 
-    /// All weights with their names.
+    /// Adds a packed weight, or replaces the one of this name.
+    pub fn insert_packed(&mut self, name: impl Into<String>, weight: PackedWeight) {
+        let name = name.into();
+        self.dense.remove(&name);
+        self.packed.insert(name, weight);
+    }
+
+    /// All dense weights with their names.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Weight)> {
-        self.0.iter().map(|(name, weight)| (name.as_str(), weight))
+        self.dense.iter().map(|(name, weight)| (name.as_str(), weight))
     }
 
-    /// Number of weights.
+    /// All packed weights with their names.
+    pub fn iter_packed(&self) -> impl Iterator<Item = (&str, &PackedWeight)> {
+        self.packed.iter().map(|(name, weight)| (name.as_str(), weight))
+    }
+
+    /// Number of weights, dense and packed.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.dense.len() + self.packed.len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.len() == 0
     }
 }
 
 impl<N: Into<String>> FromIterator<(N, Weight)> for Weights {
     fn from_iter<I: IntoIterator<Item = (N, Weight)>>(weights: I) -> Self {
-        Self(weights.into_iter().map(|(name, weight)| (name.into(), weight)).collect())
+        let dense = weights.into_iter().map(|(name, weight)| (name.into(), weight)).collect();
+        Self { dense, packed: BTreeMap::new() }
     }
 }
 
@@ -67,6 +97,8 @@ pub(super) struct Gathered {
     pub(super) ignored: Vec<String>,
     /// Which file holds a tensor, ignored ones included.
     pub(super) file_of: BTreeMap<String, PathBuf>,
+    /// Tensors that are no dense weights, and may be parts of packed ones.
+    raw: BTreeMap<String, RawTensor>,
 }
 
 impl Gathered {
@@ -76,9 +108,6 @@ impl Gathered {
         let map = Arc::new(MappedFile::open(path).map_err(io_error(path))?);
         let header = |source| CheckpointError::Safetensors { path: path.to_owned(), source };
         let tensors = parse_header((*map).as_ref()).map_err(header)?;
-        if let Some(method) = tensors.iter().find_map(|info| quantized_by(&info.name)) {
-            return Err(CheckpointError::Quantized { path: path.to_owned(), method: method.to_owned() });
-        }
         for info in tensors {
             if let Some(first) = self.file_of.insert(info.name.clone(), path.to_owned()) {
                 let (name, second) = (printable(&info.name), path.to_owned());
@@ -88,23 +117,55 @@ impl Gathered {
                 self.ignored.push(info.name);
                 continue;
             }
-            let Some(dtype) = DType::from_name(&info.dtype) else {
-                let (path, name) = (path.to_owned(), printable(&info.name));
-                return Err(CheckpointError::ElementType { path, name, dtype: info.dtype });
-            };
-            let owner = Arc::clone(&map) as Arc<dyn AsRef<[u8]> + Send + Sync>;
-            self.weights.insert(info.name, Weight::from_owner(owner, info.bytes, dtype, info.shape));
+            let bytes = Bytes::new(Arc::clone(&map) as _, info.bytes);
+            if let Some(dtype) = DType::from_name(&info.dtype) {
+                self.weights.insert(info.name, bytes.into_weight(dtype, info.shape));
+            } else {
+                let tensor = RawTensor { dtype: info.dtype, shape: info.shape, bytes };
+                self.raw.insert(info.name, tensor);
+            }
         }
         Ok(())
     }
+
+    /// Makes packed weights of their tensors; returns the unsound ones. No other tensor may be left that is no
+    /// dense weight.
+    pub(super) fn assemble(
+        &mut self,
+        scheme: Option<Scheme>,
+    ) -> Result<Vec<(String, PackedError)>, CheckpointError> {
+        let unsound = match scheme {
+            Some(scheme) => assemble(scheme, &mut self.weights, &mut self.raw),
+            None => Vec::new(),
+        };
+        let mut names = self.weights.iter().map(|(name, _)| name).chain(self.raw.keys().map(String::as_str));
+        if let Some((name, method)) = names.find_map(|name| Some((name, quantized_by(name)?))) {
+            let path = self.file_of[name].clone();
+            return Err(match scheme {
+                None if method == BITSANDBYTES => CheckpointError::Undeclared { path, name: printable(name) },
+                _ => CheckpointError::Quantized { path, method: method.to_owned() },
+            });
+        }
+        match self.raw.pop_first() {
+            None => Ok(unsound),
+            Some((name, tensor)) => Err(CheckpointError::ElementType {
+                path: self.file_of[&name].clone(),
+                name: printable(&name),
+                dtype: tensor.dtype,
+            }),
+        }
+    }
 }
+
+const BITSANDBYTES: &str = "bitsandbytes";
 
 /// The method whose companion tensors have such names: scales and code books beside each weight.
 fn quantized_by(name: &str) -> Option<&'static str> {
     let (rest, last) = name.rsplit_once('.')?;
     match last {
-        "absmax" | "quant_map" | "nested_absmax" | "nested_quant_map" | "SCB" => Some("bitsandbytes"),
-        _ if rest.ends_with(".quant_state") => Some("bitsandbytes"),
+        "absmax" | "quant_map" | "nested_absmax" | "nested_quant_map" => Some(BITSANDBYTES),
+        "SCB" => Some("bitsandbytes in 8 bits"),
+        _ if rest.ends_with(".quant_state") => Some(BITSANDBYTES),
         "qweight" | "qzeros" | "g_idx" => Some("GPTQ or AWQ"),
         _ => None,
     }

@@ -369,7 +369,7 @@ fn a_custom_rule_restricts_the_answer() {
     let model = StubModel::new(VOCAB);
     let config = GenerationConfig { max_new_tokens: Some(6), ..Default::default() };
     let even = |_: &[u32], scores: &mut [f32]| {
-        scores.iter_mut().skip(1).step_by(2).for_each(|s| *s = f32::NEG_INFINITY)
+        scores.iter_mut().skip(1).step_by(2).for_each(|s| *s = f32::NEG_INFINITY);
     };
     let nothing = |_: &[u32], scores: &mut [f32]| scores.fill(f32::NEG_INFINITY);
     let prompt = inputs(&[1, 5, 7]);

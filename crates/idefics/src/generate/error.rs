@@ -79,9 +79,9 @@ pub enum GenerateError {
     },
     /// The model computed nonsense.
     #[error(
-        "the model gave NaN as the score of token {token_id}; the weights may be damaged, see `remove_invalid_values`"
+        "the model gave NaN or infinity as the score of token {token_id}; the weights may be damaged, see `remove_invalid_values`"
     )]
-    NotANumber {
+    NotFinite {
         /// The first such token.
         token_id: usize,
     },

@@ -127,9 +127,9 @@ impl LogitsProcessors {
         custom: Option<CustomProcessor<'_>>,
     ) -> Result<(), GenerateError> {
         if !self.replaces_nan
-            && let Some(token_id) = scores.iter().position(|score| score.is_nan())
+            && let Some(token_id) = scores.iter().position(|&score| is_nonsense(score))
         {
-            return Err(GenerateError::NotANumber { token_id });
+            return Err(GenerateError::NotFinite { token_id });
         }
         for rule in &self.rules {
             rule.apply(history, scores);
@@ -145,6 +145,11 @@ impl LogitsProcessors {
         }
         Ok(())
     }
+}
+
+/// Whether no sound model gives such a score. Minus infinity is one: a model may rule a token out.
+pub(crate) fn is_nonsense(score: f32) -> bool {
+    score.is_nan() || score == f32::INFINITY
 }
 
 impl Rule {
@@ -388,12 +393,15 @@ mod tests {
     }
 
     #[test]
-    fn nan_is_an_error_unless_it_is_replaced() {
+    fn nan_and_infinity_are_errors_unless_they_are_replaced() {
         let lengths = Lengths { prompt: 1, min: 0, max: 10 };
         let mut values = [1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
         let strict = LogitsProcessors::new(&GenerationConfig::default(), lengths, &[1]);
         let error = strict.process(&[1], &mut values, None).unwrap_err();
-        assert!(matches!(error, GenerateError::NotANumber { token_id: 1 }), "{error}");
+        assert!(matches!(error, GenerateError::NotFinite { token_id: 1 }), "{error}");
+        let error = strict.process(&[1], &mut values[2..], None).unwrap_err();
+        assert!(matches!(error, GenerateError::NotFinite { token_id: 0 }), "{error}");
+        strict.process(&[1], &mut values[3..], None).unwrap();
         let config = GenerationConfig { remove_invalid_values: true, ..Default::default() };
         LogitsProcessors::new(&config, lengths, &[1]).process(&[1], &mut values, None).unwrap();
         assert_eq!(values, [1.0, 0.0, f32::MAX, f32::MIN]);

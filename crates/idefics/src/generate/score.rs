@@ -5,6 +5,7 @@
 use super::{
     GenerateError, LogitsOf, Scheduler, StepModel,
     lane::Lane,
+    logits_processor::is_nonsense,
     sampler::{LogNormalizer, top_logprobs},
     scheduler::Demand,
 };
@@ -232,8 +233,8 @@ fn run<M: StepModel>(
             if logits.len() != expected {
                 return Err(GenerateError::LogitsShape { expected, got: logits.len() });
             }
-            if let Some(token_id) = logits.iter().position(|logit| logit.is_nan()) {
-                return Err(GenerateError::NotANumber { token_id: token_id % vocab_size });
+            if let Some(token_id) = logits.iter().position(|&logit| is_nonsense(logit)) {
+                return Err(GenerateError::NotFinite { token_id: token_id % vocab_size });
             }
             tasks[index].receive(logits, vocab_size, options.top);
         }

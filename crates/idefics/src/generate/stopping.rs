@@ -136,7 +136,9 @@ mod tests {
     #[test]
     fn stop_strings_are_found_where_they_overlap_the_new_text() {
         // (strings, text, from) -> (index, start)
-        let rows: [(&[&str], &str, usize, Option<(usize, usize)>); 7] = [
+        /// Stop strings, text, length of its last token, and where a stop string then stands.
+        type Row = (&'static [&'static str], &'static str, usize, Option<(usize, usize)>);
+        let rows: [Row; 7] = [
             (&["User:"], "ok\nUser: x", 3, Some((0, 3))),
             (&["User:"], "User: old", 5, None),
             (&["b", "ab"], "xab", 2, Some((1, 1))),

@@ -1,5 +1,5 @@
 //! A model whose logits are a hash of everything it has read, and a tokenizer of bytes: what the policies of
-//! generation are tested on. `reference/generation_oracle.py` has the same model for transformers.
+//! generation are tested on. `reference/idefics_fixtures/stub.py` has the same model for transformers.
 
 use std::cell::RefCell;
 

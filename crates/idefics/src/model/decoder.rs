@@ -56,6 +56,11 @@ impl DecoderLayer {
         })
     }
 
+    /// The products of a step.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj].into_iter().chain(self.mlp.linears())
+    }
+
     /// `[T, D] -> [T, D]`; the segments divide the `T` tokens in order, and their memories grow by them.
     pub(super) fn forward(
         &self,

@@ -64,6 +64,11 @@ impl DecoupledLmHead {
         })
     }
 
+    /// The products of a step.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        std::iter::once(&self.base).chain(&self.additional)
+    }
+
     /// Hidden states `[n, D]` to logits `[n, V + A]`.
     pub(super) fn forward(&self, ctx: Context, x: &Tensor) -> ops::Result<Tensor> {
         let base = self.base.forward(ctx, x)?; // [n, V]

@@ -17,7 +17,7 @@ use crate::{
     SequenceInputs,
     config::IdeficsConfig,
     generate::{LogitsOf, Row, StepModel},
-    ops::{self, Context, KeyValues, RmsNorm, RotaryTable, Tensor},
+    ops::{self, Context, KeyValues, Linear, RmsNorm, RotaryTable, Tensor},
     processor::PixelValues,
 };
 
@@ -182,6 +182,21 @@ impl Model {
     /// Hidden states `[n, D]` to logits `[n, V + A]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
         Ok(self.lm_head.forward(self.ctx, hidden)?)
+    }
+
+    /// Bytes of weights that a step reads when some token looks at an image; norms not counted.
+    pub fn step_weight_bytes(&self) -> usize {
+        self.step_linears().map(Linear::num_bytes).sum()
+    }
+
+    /// Weights that a token is multiplied with when it looks at an image and its logits are asked for.
+    pub fn step_parameters(&self) -> usize {
+        self.step_linears().map(Linear::parameters).sum()
+    }
+
+    fn step_linears(&self) -> impl Iterator<Item = &Linear> {
+        let gated = self.gated_cross_attn_layers.iter().flat_map(GatedCrossAttention::linears);
+        self.layers.iter().flat_map(DecoderLayer::linears).chain(gated).chain(self.lm_head.linears())
     }
 
     /// Checks all rows before any cache is touched; returns which token sees which image.

@@ -77,6 +77,11 @@ impl GatedCrossAttention {
         })
     }
 
+    /// The products of a step; keys and values of images are computed before.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        [&self.q_proj, &self.o_proj].into_iter().chain(self.mlp.linears())
+    }
+
     /// Keys and values of one image `[L, E]`: they depend on nothing else, so they are computed once.
     pub(super) fn image_keys_values(&self, ctx: Context, image: &Tensor) -> ops::Result<KeyValues> {
         let k = self.k_proj.forward(ctx, image)?; // [L, H·K]

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use super::ModelError;
 use crate::{
-    checkpoint::{Weight, Weights},
+    checkpoint::{LinearWeight, Weight, Weights},
     ops::{LayerNorm, Linear, RmsNorm},
 };
 
@@ -12,11 +12,20 @@ use crate::{
 pub trait WeightSource {
     /// The weight of that name, if there is one. A clone shares its bytes.
     fn weight(&self, name: &str) -> Option<Weight>;
+
+    /// The weight of a linear layer of that name, which may be packed.
+    fn linear_weight(&self, name: &str) -> Option<LinearWeight> {
+        self.weight(name).map(LinearWeight::Dense)
+    }
 }
 
 impl WeightSource for Weights {
     fn weight(&self, name: &str) -> Option<Weight> {
         self.get(name).cloned()
+    }
+
+    fn linear_weight(&self, name: &str) -> Option<LinearWeight> {
+        self.get_linear(name)
     }
 }
 
@@ -47,15 +56,28 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// The weight `name.weight`, dense or packed, which must be `[n, k]`.
+    fn linear_weight(&self, name: &str, n: usize, k: usize) -> Result<LinearWeight, ModelError> {
+        let name = format!("{}{name}.weight", self.prefix);
+        let Some(weight) = self.source.linear_weight(&name) else {
+            return Err(ModelError::MissingTensor { name });
+        };
+        if weight.shape() == [n, k] {
+            Ok(weight)
+        } else {
+            Err(ModelError::WrongShape { name, expected: vec![n, k], got: weight.shape().to_vec() })
+        }
+    }
+
     /// `name.weight` `[n, k]` without a bias.
     pub(super) fn linear(&self, name: &str, n: usize, k: usize) -> Result<Linear, ModelError> {
-        Ok(Linear::new(self.at(name).weight("weight", &[n, k])?, None))
+        Ok(Linear::new(self.linear_weight(name, n, k)?, None))
     }
 
     /// `name.weight` `[n, k]` and `name.bias` `[n]`.
     pub(super) fn biased_linear(&self, name: &str, n: usize, k: usize) -> Result<Linear, ModelError> {
-        let here = self.at(name);
-        Ok(Linear::new(here.weight("weight", &[n, k])?, Some(&here.weight("bias", &[n])?)))
+        let bias = self.at(name).weight("bias", &[n])?;
+        Ok(Linear::new(self.linear_weight(name, n, k)?, Some(&bias)))
     }
 
     /// `name.weight` `[width]`.

@@ -24,6 +24,10 @@ impl Mlp {
         })
     }
 
+    pub(super) fn linears(&self) -> [&Linear; 3] {
+        [&self.gate_proj, &self.up_proj, &self.down_proj]
+    }
+
     /// `[T, D] -> [T, D]`.
     pub(super) fn forward(&self, ctx: Context, x: &Tensor) -> ops::Result<Tensor> {
         let gate = self.gate_proj.forward(ctx, x)?; // [T, F]

@@ -1,5 +1,5 @@
-//! The forward pass: pictures through [`vision`] and [`perceiver`] once, tokens through [`decoder`] layers with
-//! a [`gated_cross_attention`] block before every `cross_layer_interval`-th.
+//! The forward pass: pictures through `vision` and `perceiver` once, tokens through `decoder` layers with a
+//! `gated_cross_attention` block before every `cross_layer_interval`-th.
 //!
 //! Everything works on the tokens of all sequences laid end to end, `[T, D]`, with no padding. Dimension
 //! letters are defined in `MODEL.md`. This module opens no file: weights come from a [`WeightSource`].

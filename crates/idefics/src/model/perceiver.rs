@@ -61,7 +61,7 @@ impl PerceiverResampler {
         let latents = self.latents.to_f32_vec().repeat(lengths.len());
         let mut latents = ops::tensor(latents, &[lengths.len() * n_latents, width])?; // [N·L, E]
         for (index, block) in self.blocks.iter().enumerate() {
-            latents = block.forward(ctx, context, latents, lengths, n_latents)?;
+            latents = block.forward(ctx, context, &latents, lengths, n_latents)?;
             observe(Stage::PerceiverBlock(index), &latents);
         }
         self.layer_norm.forward(ctx, &latents)
@@ -101,12 +101,12 @@ impl Block {
         &self,
         ctx: Context,
         context: &Tensor,
-        latents: Tensor,
+        latents: &Tensor,
         lengths: &[usize],
         n_latents: usize,
     ) -> ops::Result<Tensor> {
         let normed_context = self.context_layer_norm.forward(ctx, context)?; // [ΣP, E]
-        let normed_latents = self.latents_layer_norm.forward(ctx, &latents)?; // [N·L, E]
+        let normed_latents = self.latents_layer_norm.forward(ctx, latents)?; // [N·L, E]
         let seen = interleave(&normed_context, &normed_latents, lengths, n_latents)?; // [Σ(P+L), E]
 
         let q = self.q_proj.forward(ctx, &normed_latents)?; // [N·L, H·K]
@@ -116,7 +116,7 @@ impl Block {
         let k = normed_heads(ctx, self.k_layer_norm.as_ref(), k)?;
         let groups: Vec<_> = lengths.iter().map(|length| (n_latents, length + n_latents)).collect();
         let attended = ops::attention_within(ctx, self.heads, &q, &k, &v, &groups)?; // [N·L, H·K]
-        let latents = ops::add(&self.output_proj.forward(ctx, &attended)?, &latents)?;
+        let latents = ops::add(&self.output_proj.forward(ctx, &attended)?, latents)?;
 
         let inner = self.fc.forward(ctx, &self.ln.forward(ctx, &latents)?)?; // [N·L, 4E]
         let inner = ops::activate(ctx, Activation::Relu, &inner)?;

@@ -6,24 +6,34 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
 use idefics_kernels::{Matrix, linear::linear};
 
 use super::{Context, Result, Tensor, contiguous, tensor};
-use crate::checkpoint::{DType, Weight};
+use crate::checkpoint::{DType, LinearWeight, PackedWeight, Weight};
 
 /// `x · Wᵀ + b` with `W` of `[N, K]`.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    weight: Weight,
+    weight: LinearWeight,
     bias: Option<Arc<[f32]>>,
 }
 
 impl Linear {
     /// A product with `weight` `[N, K]`, and `bias` `[N]` added to it.
-    pub fn new(weight: Weight, bias: Option<&Weight>) -> Self {
-        Self { weight, bias: bias.map(|bias| bias.to_f32_vec().into()) }
+    pub fn new(weight: impl Into<LinearWeight>, bias: Option<&Weight>) -> Self {
+        Self { weight: weight.into(), bias: bias.map(|bias| bias.to_f32_vec().into()) }
     }
 
     /// `[T, K] -> [T, N]`.
     pub fn forward(&self, ctx: Context, x: &Tensor) -> Result<Tensor> {
         Ok(x.apply_op1(LinearOp { ctx, linear: self.clone() })?)
+    }
+
+    /// Number of weights, bias not counted.
+    pub fn parameters(&self) -> usize {
+        self.weight.shape().iter().product()
+    }
+
+    /// Bytes that one product reads, bias not counted.
+    pub fn num_bytes(&self) -> usize {
+        self.weight.num_bytes()
     }
 
     /// The width of the output, `N`.
@@ -107,8 +117,13 @@ impl Embedding {
     }
 }
 
-fn matrix(weight: &Weight) -> Matrix<'_> {
+fn matrix(weight: &LinearWeight) -> Matrix<'_> {
     const MATCHES: &str = "a weight lends its elements as their own type";
+    let weight = match weight {
+        LinearWeight::Dense(weight) => weight,
+        LinearWeight::Packed(PackedWeight::Nf4(weight)) => return Matrix::Nf4(weight.view()),
+        LinearWeight::Packed(PackedWeight::Q8(weight)) => return Matrix::Q8(weight.view()),
+    };
     match weight.dtype() {
         DType::F32 => Matrix::F32(weight.as_f32().expect(MATCHES)),
         DType::F16 => Matrix::F16(weight.as_f16().expect(MATCHES)),

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, fs, path::Path};
 
 use anyhow::Context;
 use idefics::{
-    checkpoint::{Checkpoint, Component, DType, NonFinite, Weight, expected_tensors},
+    checkpoint::{Checkpoint, Component, DType, NonFinite, PackedWeight, Weight, expected_tensors},
     config::{IdeficsConfig, Memory, Workload},
     processor::SpecialToken,
 };
@@ -90,7 +90,7 @@ pub(super) struct ValuesReport {
 
 #[derive(Serialize)]
 pub(super) struct TensorReport {
-    name: String,
+    pub(super) name: String,
     dtype: String,
     shape: Vec<usize>,
 }
@@ -98,6 +98,11 @@ pub(super) struct TensorReport {
 impl TensorReport {
     pub(super) fn new(name: &str, weight: &Weight) -> Self {
         Self { name: name.to_owned(), dtype: weight.dtype().to_string(), shape: weight.shape().to_vec() }
+    }
+
+    pub(super) fn packed(name: &str, weight: &PackedWeight) -> Self {
+        let dtype = weight.format_name().to_owned();
+        Self { name: name.to_owned(), dtype, shape: weight.shape().to_vec() }
     }
 }
 
@@ -161,11 +166,18 @@ impl Report {
                 fs::metadata(path).with_context(|| format!("cannot read `{}`", path.display()))?.len();
             self.files.push(FileReport { name: file_name(path), bytes });
         }
-        for (name, weight) in checkpoint.weights.iter() {
+        let weights = &checkpoint.weights;
+        let dense = weights
+            .iter()
+            .map(|(name, weight)| (name, weight.dtype().to_string(), weight.bytes().len(), weight.len()));
+        let packed = weights
+            .iter_packed()
+            .map(|(name, weight)| (name, weight.format_name().to_owned(), weight.num_bytes(), weight.len()));
+        for (name, dtype, bytes, elements) in dense.chain(packed) {
             let component = Component::of(name).to_string();
             if let Some(entry) = self.components.iter_mut().find(|entry| entry.name == component) {
-                entry.bytes += weight.bytes().len() as u64;
-                *entry.dtypes.entry(weight.dtype().to_string()).or_default() += weight.len() as u64;
+                entry.bytes += bytes as u64;
+                *entry.dtypes.entry(dtype).or_default() += elements as u64;
             }
         }
         self.ignored.clone_from(&checkpoint.ignored);
@@ -187,14 +199,15 @@ impl Report {
         self.components.iter().map(|component| component.bytes).sum()
     }
 
-    /// The type that most parameters have.
+    /// The type that most parameters have that are not packed.
     pub(super) fn main_dtype(&self) -> Option<DType> {
         let mut totals = BTreeMap::new();
-        for (dtype, parameters) in self.components.iter().flat_map(|component| &component.dtypes) {
-            *totals.entry(dtype.as_str()).or_insert(0) += parameters;
+        for (name, parameters) in self.components.iter().flat_map(|component| &component.dtypes) {
+            if let Some(dtype) = DType::from_name(&name.to_uppercase()) {
+                *totals.entry(dtype).or_insert(0) += parameters;
+            }
         }
-        let (name, _) = totals.into_iter().max_by_key(|(_, parameters)| *parameters)?;
-        DType::from_name(&name.to_uppercase())
+        totals.into_iter().max_by_key(|(_, parameters)| *parameters).map(|(dtype, _)| dtype)
     }
 }
 
@@ -237,7 +250,7 @@ impl fmt::Display for Report {
         if let Some(tensors) = &self.tensors {
             writeln!(f, "\ntensors")?;
             for tensor in tensors {
-                writeln!(f, "  {:<4}  {}  {:?}", tensor.dtype, tensor.name, tensor.shape)?;
+                writeln!(f, "  {:<6}  {}  {:?}", tensor.dtype, tensor.name, tensor.shape)?;
             }
         }
         match self.problems.as_slice() {
@@ -308,9 +321,14 @@ impl Report {
         }
         let declared =
             config.declared_dtype().map_or_else(|| "not stated".to_owned(), |dtype| dtype.to_string());
+        let quantization = config.quantization_config.as_ref();
+        let packed = match quantization.and_then(|quantization| quantization.quant_method.as_deref()) {
+            Some(method) => format!(", quantized ({})", method.escape_debug()),
+            None => String::new(),
+        };
         writeln!(
             f,
-            "  weights    {declared} by the configuration, heads {}",
+            "  weights    {declared} by the configuration{packed}, heads {}",
             if config.tie_word_embeddings { "tied to the embeddings" } else { "of their own" }
         )
     }

@@ -1,22 +1,22 @@
-"""Writes fixtures/generation/*.json: what transformers makes of scores and of a stub model.
+"""What transformers' whole chain of processors makes of scores, and its searches of a stub model.
 
 processors.json   each logits processor and warper, and mixes of them, on fixed scores
 generate.json     `generate()` of a model whose logits are a hash of what it has read
 
 The stub is the one of crates/idefics/src/generate/stub.rs, bit for bit: integer hashes, then a sum in f64 that is
-rounded to f32. Run with transformers 5.23.0:  python reference/generation_oracle.py
+rounded to f32.
 """
 
 import json
 import math
-import pathlib
 
 import torch
-import transformers
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-OUT = pathlib.Path(__file__).parent.parent / "fixtures" / "generation"
+from .common import FIXTURES
+
+DIRECTORY = FIXTURES / "generation"
 MASK = (1 << 64) - 1
 VOCAB = 24
 
@@ -219,11 +219,10 @@ def generations():
 def write(name, cases):
     # One case a line keeps differences readable.
     lines = ",\n".join(json.dumps(case) for case in cases)
-    (OUT / name).write_text(f"[\n{lines}\n]\n")
-    print(f"{name}: {len(cases)} cases, transformers {transformers.__version__}, torch {torch.__version__}")
+    (DIRECTORY / name).write_text(f"[\n{lines}\n]\n")
 
 
-if __name__ == "__main__":
-    OUT.mkdir(parents=True, exist_ok=True)
+def write_stub_generation():
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
     write("processors.json", processors())
     write("generate.json", generations())

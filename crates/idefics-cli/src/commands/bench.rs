@@ -1,0 +1,296 @@
+//! `idefics bench`: how fast this machine runs a model, beside what the machine can give.
+
+use std::{
+    fmt::Write as _,
+    io::{IsTerminal, Write as _},
+    path::Path,
+    time::Instant,
+};
+
+use anyhow::{Context as _, bail};
+use clap::ValueEnum;
+use idefics::{
+    Idefics, LoadOptions,
+    bench::{self, Plan, RandomWeights, Report},
+    checkpoint::read_config,
+    config::IdeficsConfig,
+    model::Model,
+    ops::{Compute, Context, Isa},
+};
+use indicatif::HumanBytes;
+
+use crate::{
+    model::{Dtype, start_threads},
+    output,
+    progress::resolve_model,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  idefics bench --shape 9b --format nf4
+  idefics bench --shape 80b --format nf4 --layers 8 --prefill 128 --batches 1,8
+  idefics bench --model HuggingFaceM4/idefics-9b-instruct --json
+
+Every round measures the machine and the model in turns, and medians are printed. `share` is the part that the
+model's kernels take of what the machine gave: of its reads from memory while decoding, of its bf16 arithmetic
+elsewhere. Weights under --shape are random and in memory; under --model they are read from the mapped files.";
+
+/// Measure how fast this machine runs a model
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Random weights of a size: `9b`, `80b`, or the path of a config.json
+    #[arg(long, value_name = "9b|80b|CONFIG", required_unless_present = "model", conflicts_with = "model")]
+    shape: Option<String>,
+
+    /// A checkpoint: a directory or a model of the hub
+    #[arg(long, short, value_name = "DIR|ID")]
+    model: Option<String>,
+
+    /// How the random weights of the text model and the gated blocks are stored
+    #[arg(long, value_enum, default_value = "bf16", conflicts_with = "model")]
+    format: Format,
+
+    /// Only so many layers of the text model and of the tower
+    #[arg(long, value_name = "N", conflicts_with = "model")]
+    layers: Option<usize>,
+
+    /// What products are computed in; `auto` is bf16 unless the weights are f32
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: Dtype,
+
+    /// Threads to compute with [default: all processors]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+
+    /// Lengths of prompts
+    #[arg(long, value_name = "TOKENS,..", value_delimiter = ',', default_values_t = Plan::default().prefill)]
+    prefill: Vec<usize>,
+
+    /// Sequences that decode together
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = Plan::default().batches)]
+    batches: Vec<usize>,
+
+    /// Pictures of each sequence
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = Plan::default().images)]
+    images: Vec<usize>,
+
+    /// Rounds, of which the medians are taken
+    #[arg(long, value_name = "N", default_value_t = Plan::default().rounds)]
+    rounds: usize,
+
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// How random weights are stored.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    F32,
+    Bf16,
+    Q8,
+    Nf4,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let plan = args.plan()?;
+    start_threads(args.threads)?;
+    let start = Instant::now();
+    let loaded = args.load()?;
+    let load_s = start.elapsed().as_secs_f64();
+    let report = bench::run(loaded.model(), &plan, &mut show)?;
+    clear_line();
+    let peak_rss_bytes = peak_rss_bytes();
+    let text = if args.json {
+        let mut value = serde_json::to_value(&report)?;
+        let fields = value.as_object_mut().context("a report is an object")?;
+        fields.insert("load_s".to_owned(), load_s.into());
+        fields.insert("peak_rss_bytes".to_owned(), peak_rss_bytes.into());
+        value.to_string()
+    } else {
+        table(&report, load_s, peak_rss_bytes)
+    };
+    Ok(output::print(&text)?)
+}
+
+/// A model with random weights, or a real one.
+enum Loaded {
+    Random(Box<Model>),
+    Checkpoint(Box<Idefics>),
+}
+
+impl Loaded {
+    fn model(&self) -> &Model {
+        match self {
+            Self::Random(model) => model,
+            Self::Checkpoint(idefics) => idefics.model(),
+        }
+    }
+}
+
+impl Args {
+    fn plan(&self) -> anyhow::Result<Plan> {
+        for (flag, values, least, most) in [
+            ("--prefill", self.prefill.as_slice(), 1, 1 << 20),
+            ("--batches", &self.batches, 1, 1024),
+            ("--images", &self.images, 0, 64),
+            ("--rounds", std::slice::from_ref(&self.rounds), 1, 1000),
+        ] {
+            if let Some(wrong) = values.iter().find(|value| !(least..=most).contains(*value)) {
+                bail!("{flag}: expected {least} to {most}, got {wrong}");
+            }
+        }
+        Ok(Plan {
+            prefill: self.prefill.clone(),
+            batches: self.batches.clone(),
+            images: self.images.clone(),
+            rounds: self.rounds,
+            ..Plan::default()
+        })
+    }
+
+    fn load(&self) -> anyhow::Result<Loaded> {
+        let Some(shape) = &self.shape else {
+            let model = self.model.as_deref().context("either --shape or --model is there")?;
+            let options = LoadOptions { compute: self.dtype.into(), ..LoadOptions::default() };
+            return Ok(Loaded::Checkpoint(Box::new(Idefics::from_pretrained(
+                resolve_model(model)?,
+                &options,
+            )?)));
+        };
+        let mut config = config_of(shape)?;
+        if let Some(layers) = self.layers {
+            if layers == 0 {
+                bail!("--layers: expected at least 1, got 0");
+            }
+            config.num_hidden_layers = config.num_hidden_layers.min(layers);
+            config.vision_config.num_hidden_layers = config.vision_config.num_hidden_layers.min(layers);
+        }
+        let format = match self.format {
+            Format::F32 => bench::Format::F32,
+            Format::Bf16 => bench::Format::Bf16,
+            Format::Q8 => bench::Format::Q8,
+            Format::Nf4 => bench::Format::Nf4,
+        };
+        let compute = match (self.dtype, self.format) {
+            (Dtype::F32, _) | (Dtype::Auto, Format::F32) => Compute::F32,
+            (Dtype::Bf16 | Dtype::Auto, _) => Compute::Bf16,
+        };
+        show("random weights");
+        let weights = RandomWeights::new(&config, format);
+        Ok(Loaded::Random(Box::new(Model::new(config, &weights, Context { isa: Isa::best(), compute })?)))
+    }
+}
+
+fn config_of(shape: &str) -> anyhow::Result<IdeficsConfig> {
+    if let Some(config) = bench::shape(shape) {
+        return Ok(config);
+    }
+    let path = Path::new(shape);
+    let directory = if path.is_dir() { Some(path) } else { path.parent() };
+    directory
+        .filter(|_| path.is_dir() || path.file_name().is_some_and(|name| name == "config.json"))
+        .with_context(|| format!("--shape: expected 9b, 80b or the path of a config.json, got `{shape}`"))
+        .and_then(|directory| Ok(read_config(directory)?))
+}
+
+/// One line on a terminal that the next one replaces; nothing elsewhere.
+fn show(what: &str) {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K{what}");
+        // A line that does not show is no reason to stop.
+        let _ = std::io::stderr().flush();
+    }
+}
+
+fn clear_line() {
+    show("");
+}
+
+/// The most memory this process has held so far, mapped files that were read included; none where the system
+/// does not say.
+fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
+fn table(report: &Report, load_s: f64, peak_rss_bytes: Option<u64>) -> String {
+    let machine = &report.machine;
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let _ = writeln!(
+        out,
+        "machine   {} threads, {}: reads {:.1} GB/s, bf16 {:.0} GFLOP/s{}",
+        machine.threads,
+        machine.isa,
+        machine.read_gb_per_s,
+        machine.bf16_gflops,
+        machine.int8_gops.map(|gops| format!(", int8 {gops:.0} GOP/s")).unwrap_or_default(),
+    );
+    let rss = peak_rss_bytes.map(|bytes| format!(", peak memory {}", HumanBytes(bytes))).unwrap_or_default();
+    let _ = writeln!(out, "load      {load_s:.1} s{rss}\n");
+    let _ = writeln!(
+        out,
+        "decode    {:>6} {:>7} {:>11} {:>9} {:>7}",
+        "batch", "images", "tokens/s", "GB/s", "share"
+    );
+    for decode in &report.decode {
+        let _ = writeln!(
+            out,
+            "          {:>6} {:>7} {:>11.2} {:>9.1} {:>6.0}%",
+            decode.batch,
+            decode.images,
+            decode.tokens_per_s,
+            decode.weight_gb_per_s,
+            100.0 * decode.share
+        );
+    }
+    let _ = writeln!(
+        out,
+        "\nprefill   {:>6} {:>7} {:>11} {:>9} {:>7}",
+        "tokens", "", "tokens/s", "GFLOP/s", "share"
+    );
+    for prefill in &report.prefill {
+        let _ = writeln!(
+            out,
+            "          {:>6} {:>7} {:>11.1} {:>9.0} {:>6.0}%",
+            prefill.tokens,
+            "",
+            prefill.tokens_per_s,
+            prefill.gflops,
+            100.0 * prefill.share
+        );
+    }
+    let vision = &report.vision;
+    let _ = writeln!(
+        out,
+        "\nvision    {:.3} s an image, {:.0} GFLOP/s, {:.0}%",
+        vision.seconds_per_image,
+        vision.gflops,
+        100.0 * vision.share
+    );
+    if let Some(perceiver) = &report.perceiver {
+        let _ = writeln!(out, "resampler {:.3} s an image", perceiver.seconds_per_image);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shape_is_a_size_or_a_configuration() {
+        assert_eq!(config_of("9b").expect("a published size").num_hidden_layers, 32);
+        let fixture = idefics_testing::fixture("tiny");
+        assert_eq!(
+            config_of(fixture.to_str().expect("a path in UTF-8")).expect("a directory").hidden_size,
+            32
+        );
+        let message = config_of("7b").expect_err("no such size").to_string();
+        assert!(message.contains("7b") && message.contains("80b"), "{message}");
+    }
+}
