@@ -11,7 +11,10 @@ fuzz_target!(|text: &str| {
     let Ok(config) = IdeficsConfig::from_json(text) else { return };
     for (name, shape) in expected_tensors(&config) {
         assert!(shape.iter().all(|&extent| extent > 0), "{name} {shape:?}");
-        assert!(shape.iter().try_fold(4usize, |bytes, &extent| bytes.checked_mul(extent)).is_some(), "{name}");
+        assert!(
+            shape.iter().try_fold(4usize, |bytes, &extent| bytes.checked_mul(extent)).is_some(),
+            "{name}"
+        );
     }
     assert!(config.num_cross_layers() > 0 && config.image_seq_len() > 0);
     assert!(config.head_dim() % 2 == 0);

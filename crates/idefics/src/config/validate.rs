@@ -293,6 +293,14 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_the_nearest_ones() {
+        let config = IdeficsConfig::from_json(r#"{"rms_norm_eps": 1e-34}"#).unwrap();
+        assert_eq!(config.rms_norm_eps, 1e-34);
+        let again = IdeficsConfig::from_json(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+    }
+
+    #[test]
     fn an_empty_file_is_the_library_default() {
         assert_eq!(IdeficsConfig::from_json("{}").unwrap(), IdeficsConfig::default());
         let nulls = r#"{"vision_config": null, "perceiver_config": null, "rope_parameters": null}"#;
