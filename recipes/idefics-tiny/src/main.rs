@@ -6,12 +6,20 @@
 
 mod archive;
 mod clipart;
+mod color;
 mod concepts;
 mod emoji;
 mod fetch;
+mod language;
+mod onnx;
 mod pixels;
 mod render;
+mod samples;
+mod scene;
 mod steps;
+mod things;
+mod vision;
+mod wordnet;
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -88,3 +88,22 @@ pub(crate) fn read(path: &Path) -> Result<Pixmap> {
     let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     Pixmap::decode_png(&bytes).with_context(|| format!("reading {}", path.display()))
 }
+
+/// A picture in the middle of a white square `[side, side, 3]`, as files of icons have it.
+pub(crate) fn on_white(pixmap: &Pixmap, side: u32) -> Vec<u8> {
+    let (width, height) = (pixmap.width(), pixmap.height());
+    let mut rgb = vec![255; (side * side * 3) as usize];
+    for y in 0..side {
+        for x in 0..side {
+            let (source_x, source_y) = (x * width / side, y * height / side);
+            let pixel = pixmap.pixels()[(source_y * width + source_x) as usize];
+            let white = 255 - pixel.alpha();
+            let target = ((y * side + x) * 3) as usize;
+            // Premultiplied, so the sum stays below 256.
+            for (offset, channel) in [pixel.red(), pixel.green(), pixel.blue()].into_iter().enumerate() {
+                rgb[target + offset] = channel + white;
+            }
+        }
+    }
+    rgb
+}

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
-use crate::{fetch, render};
+use crate::{fetch, language, render, samples, vision};
 
 /// What can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -20,10 +20,17 @@ pub(crate) enum Step {
     Fetch,
     /// Pictures of all concepts
     Render,
+    /// The vision tower in CLIP's layout
+    Vision,
+    /// Tokenizer and language model before training
+    Language,
+    /// What the stages of training read
+    Samples,
 }
 
 impl Step {
-    pub(crate) const ORDER: [Self; 2] = [Self::Fetch, Self::Render];
+    pub(crate) const ORDER: [Self; 5] =
+        [Self::Fetch, Self::Render, Self::Vision, Self::Language, Self::Samples];
 
     fn name(self) -> String {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
@@ -42,6 +49,9 @@ impl Step {
             Self::All => Ok(()),
             Self::Fetch => fetch::fetch(folders),
             Self::Render => render::render(folders),
+            Self::Vision => vision::vision(folders),
+            Self::Language => language::language(folders),
+            Self::Samples => samples::samples(folders),
         }
         .with_context(|| format!("step {name}"))?;
         fs::write(&done, format!("{:.0} s\n", start.elapsed().as_secs_f64()))?;
