@@ -32,6 +32,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import IdeficsForVisionText2Text
 
+from .adapters import save_adapter, with_adapter
 from .common import FIXTURES, rng, shortest, write_json, write_tensors
 from .golden import golden_config, pixel_values, uniform
 from .tiny import Tiny
@@ -215,19 +216,6 @@ def trained(model, how: str):
     return model
 
 
-def with_adapter(model, name: str, **options):
-    """A PEFT model whose factors A are random; B is zero, as in every new adapter."""
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(model, LoraConfig(**options))
-    for key, parameter in model.named_parameters():
-        if "lora_A" in key:
-            noise = rng(f"{name}/{key}").uniform(-1, 1, tuple(parameter.shape))
-            # The bound of kaiming_uniform_ with a = √5, PEFT's choice.
-            parameter.data = torch.from_numpy(noise).float() / parameter.shape[1] ** 0.5
-    return model
-
-
 def run_steps(model, how: str, data: list[dict], side: int) -> dict:
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     decayed = [value for key, value in parameters.items() if not any(part in key for part in NO_DECAY)]
@@ -265,10 +253,10 @@ def write_steps(tiny: Tiny) -> None:
     for how in RUNS:
         model = trained(copy.deepcopy(tiny.model), how)
         if how == "lora":
-            save_adapter(model, "lora-start")
+            save_adapter(model, DIRECTORY / "lora-start")
         runs[how] = run_steps(model, how, data, side)
         if how == "lora":
-            save_adapter(model, "lora-end")
+            save_adapter(model, DIRECTORY / "lora-end")
     write_json(DIRECTORY / "steps.json", {
         "checkpoint": "tiny",
         "optimizer": {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1, "clip": CLIP, "no_decay": NO_DECAY},
@@ -276,29 +264,6 @@ def write_steps(tiny: Tiny) -> None:
         "batches": batches(len(data)),
         "runs": runs,
     })
-
-
-def save_adapter(model, name: str, adapter: str = "default") -> None:
-    """As PEFT saves it, less its model card and this machine's path."""
-    import json
-    import shutil
-
-    directory = DIRECTORY / name
-    shutil.rmtree(directory, ignore_errors=True)
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = "tiny"
-    model.save_pretrained(directory, selected_adapters=[adapter])
-    if adapter != "default":
-        for file in (directory / adapter).iterdir():
-            file.rename(directory / file.name)
-        (directory / adapter).rmdir()
-    (directory / "README.md").unlink(missing_ok=True)
-    path = directory / "adapter_config.json"
-    config = json.loads(path.read_text())
-    # A set in PEFT, in no order of its own.
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_training(tiny: Tiny) -> None:
