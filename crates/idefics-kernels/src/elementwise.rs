@@ -47,6 +47,19 @@ pub fn activate_gate(isa: Isa, activation: Activation, gate: &mut [f32], up: &[f
     parallel::for_each_run(gate, CHUNK, |first, chunk| multiply(isa, chunk, &up[first..first + chunk.len()]));
 }
 
+/// `residual ← residual + branch`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add(residual: &mut [f32], branch: &[f32]) {
+    assert_eq!(residual.len(), branch.len(), "residual and branch must have one length");
+    parallel::for_each_run(residual, CHUNK, |first, chunk| {
+        for (residual, branch) in chunk.iter_mut().zip(&branch[first..]) {
+            *residual += branch;
+        }
+    });
+}
+
 /// `residual ← residual + scale · branch`; `scale` has one element, or one per channel and repeats.
 ///
 /// # Panics

@@ -52,8 +52,17 @@ pub(super) unsafe fn add_product<S: Simd>(
                 match (m - i >= ROWS, columns == 2 * S::LANES) {
                     (true, true) => at.whole::<S, ROWS>(),
                     (true, false) => at.ragged::<S, ROWS>(columns),
-                    (false, true) => (0..m - i).for_each(|row| at.row(row).whole::<S, 1>()),
-                    (false, false) => (0..m - i).for_each(|row| at.row(row).ragged::<S, 1>(columns)),
+                    // Loops, not closures: those would leave the instruction set behind.
+                    (false, true) => {
+                        for row in 0..m - i {
+                            at.row(row).whole::<S, 1>();
+                        }
+                    }
+                    (false, false) => {
+                        for row in 0..m - i {
+                            at.row(row).ragged::<S, 1>(columns);
+                        }
+                    }
                 }
             }
             i += ROWS;
