@@ -37,6 +37,10 @@ enum Command {
     Download(commands::download::Args),
 }
 
+// Freed memory stays for the next layer; see the dependency in the workspace.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => commands::generate::run(&args),
