@@ -16,10 +16,6 @@ mod templates;
 
 use clap::{Parser, Subcommand};
 
-/// Every operation allocates its result; the system allocator would ask for its pages each time.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Run, score and inspect IDEFICS-1 models: interleaved images and text in, text out.
 #[derive(Parser)]
 #[command(name = "idefics", version, max_term_width = 110)]
@@ -40,6 +36,10 @@ enum Command {
     Bench(commands::bench::Args),
     Download(commands::download::Args),
 }
+
+// Freed memory stays for the next layer; see the dependency in the workspace.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {

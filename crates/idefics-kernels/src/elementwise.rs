@@ -47,15 +47,15 @@ pub fn activate_gate(isa: Isa, activation: Activation, gate: &mut [f32], up: &[f
     parallel::for_each_run(gate, CHUNK, |first, chunk| multiply(isa, chunk, &up[first..first + chunk.len()]));
 }
 
-/// `residual ← residual + branch`.
+/// `values ← values + other`. One rounding each, so all tiers give the same bits and none is asked for.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn add(residual: &mut [f32], branch: &[f32]) {
-    assert_eq!(residual.len(), branch.len(), "residual and branch must have one length");
-    parallel::for_each_run(residual, CHUNK, |first, chunk| {
-        for (residual, branch) in chunk.iter_mut().zip(&branch[first..]) {
-            *residual += branch;
+pub fn add(values: &mut [f32], other: &[f32]) {
+    assert_eq!(values.len(), other.len(), "both terms must have one length");
+    parallel::for_each_run(values, CHUNK, |first, chunk| {
+        for (value, other) in chunk.iter_mut().zip(&other[first..]) {
+            *value += other;
         }
     });
 }
