@@ -34,6 +34,7 @@ enum Command {
     Inspect(commands::inspect::Args),
     Quantize(commands::quantize::Args),
     Bench(commands::bench::Args),
+    Train(Box<commands::train::Args>),
     Download(commands::download::Args),
 }
 
@@ -51,6 +52,7 @@ fn main() -> std::process::ExitCode {
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Quantize(args) => commands::quantize::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
+        Command::Train(args) => commands::train::run(&args),
         Command::Download(args) => commands::download::run(&args),
     };
     match result {

@@ -4,15 +4,21 @@
 //! and gradients, and `optim` moves the weights in `parameters`. `state` writes all of it so that a run that was
 //! stopped anywhere goes on as if nothing had happened.
 
+pub mod check;
 pub mod config;
 pub mod data;
 pub mod error;
 pub mod freeze;
-pub mod interface;
+pub mod learner;
+pub mod metrics;
 pub mod optim;
 pub mod packing;
 pub mod parameters;
 mod rng;
 pub mod schedule;
+pub mod spikes;
+pub mod state;
+pub mod stream;
+pub mod trainer;
 
 pub use error::TrainError;
