@@ -1,0 +1,4 @@
+//! Training of IDEFICS-1: new models from two unimodal ones.
+
+pub mod init;
+pub mod random;
