@@ -33,6 +33,8 @@ enum Command {
     Score(commands::score::Args),
     Inspect(commands::inspect::Args),
     Quantize(commands::quantize::Args),
+    Init(Box<commands::init::Args>),
+    Merge(commands::merge::Args),
     Bench(commands::bench::Args),
     Download(commands::download::Args),
 }
@@ -46,6 +48,8 @@ fn main() -> std::process::ExitCode {
         Command::Score(args) => commands::score::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Quantize(args) => commands::quantize::run(&args),
+        Command::Init(args) => commands::init::run(&args),
+        Command::Merge(args) => commands::merge::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Download(args) => commands::download::run(&args),
     };

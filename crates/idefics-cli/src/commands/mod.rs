@@ -6,6 +6,8 @@ pub(crate) mod caption;
 pub(crate) mod classify;
 pub(crate) mod download;
 pub(crate) mod generate;
+pub(crate) mod init;
 pub(crate) mod inspect;
+pub(crate) mod merge;
 pub(crate) mod quantize;
 pub(crate) mod score;

@@ -8,7 +8,7 @@ use idefics::{
     generate::{LogitsOf, Row, StepModel},
     model::Stage,
     ops,
-    processor::{PixelValues, ProcessOptions},
+    processor::{ImageSource, PixelValues, ProcessOptions},
 };
 use idefics_testing::{Tensors, Tolerance, assert_close, fixture, golden_fill, tolerance};
 use tempfile::TempDir;
@@ -144,8 +144,8 @@ fn a_prompt_with_a_picture_runs() {
     let (model, processor) = (open(&out), Processor::from_pretrained(&out).unwrap());
     let picture = fixture("processor").read_dir().unwrap().map(|entry| entry.unwrap().path());
     let picture = picture.into_iter().find(|path| path.extension().is_some_and(|e| e == "png")).unwrap();
-    let prompt: Prompt = vec![Segment::image(picture), Segment::text("a dog")].into();
-    let inputs = processor.process(&prompt, &ProcessOptions::default()).unwrap();
+    let prompt: Prompt = vec![ImageSource::Path(picture).into(), Segment::text("a dog")];
+    let inputs = processor.process(&[prompt], &ProcessOptions::default()).unwrap().remove(0);
     let mut cache = model.start(&inputs).unwrap();
     let row = Row {
         cache: &mut cache,
@@ -188,10 +188,7 @@ fn another_seed_changes_what_is_new_and_nothing_else() {
         let is_new = matches!(part, Component::GatedCrossAttention | Component::Perceiver)
             || name.contains(".additional_");
         new += if is_new { weight.len() as u64 } else { 0 };
-        let drawn = matches!(
-            Rule::of(&first.config, name, weight.shape()),
-            Rule::Normal { .. }
-        );
+        let drawn = matches!(Rule::of(&first.config, name, weight.shape()), Rule::Normal { .. });
         assert_eq!(same, !(is_new && drawn), "{name}");
     }
     assert_eq!(new, summary.new_parameters);
