@@ -13,7 +13,7 @@ mod detokenize;
 mod files;
 mod sentencepiece;
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 pub use detokenize::DecodeStream;
 
@@ -102,6 +102,13 @@ impl Tokenizer {
         let encoding =
             self.inner.encode_fast(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of a text as [`encode`](Self::encode) gives them, and which of its bytes each stands for.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), TokenizerError> {
+        let encoding = self.inner.encode(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok((encoding.get_ids().to_vec(), offsets))
     }
 
     /// The text of the ids. Ids beyond the vocabulary have none.
