@@ -17,6 +17,7 @@ mod packed;
 mod scan;
 mod weight;
 mod weights;
+pub(crate) mod write;
 
 use std::{
     collections::BTreeMap,
@@ -37,6 +38,7 @@ pub use packed::{LinearWeight, Nf4Weight, PackedWeight, Q8Weight};
 pub use scan::NonFinite;
 pub use weight::{DType, Weight};
 pub use weights::Weights;
+pub use write::{CheckpointWriter, TensorSpec, WriteError, check_not_same, config_json};
 
 use crate::{config::IdeficsConfig, quantize::Format};
 use assemble::Scheme;
@@ -112,6 +114,26 @@ pub(crate) fn read_packed_file(path: &Path, format: Option<Format>) -> Result<We
         return Ok(gathered.weights);
     }
     Err(CheckpointError::Mismatch(Box::new(Mismatch { unsound, ..Mismatch::default() })))
+}
+
+/// Maps the tensors of the wanted names in a directory of any model: other architectures have them under names of
+/// their own. What holds of [`Checkpoint::open`] holds here, but for the check of names and shapes.
+pub fn read_tensors(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Weights, CheckpointError> {
+    read_files(&weight_files(directory)?.paths, &wanted)
+}
+
+/// Maps the tensors of one file.
+pub fn read_tensor_file(path: &Path) -> Result<Weights, CheckpointError> {
+    read_files(&[path.to_owned()], &|_| true)
+}
+
+fn read_files(paths: &[PathBuf], wanted: &dyn Fn(&str) -> bool) -> Result<Weights, CheckpointError> {
+    let mut gathered = Gathered::default();
+    for path in paths {
+        gathered.add_some(path, wanted)?;
+    }
+    gathered.assemble(None)?;
+    Ok(gathered.weights)
 }
 
 /// Reads and validates `config.json`.
