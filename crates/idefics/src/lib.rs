@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod checkpoint;
 pub mod config;
+pub mod dialogue;
 pub mod generate;
 pub mod model;
 pub mod ops;
