@@ -27,6 +27,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Generate(Box<commands::generate::Args>),
+    Chat(Box<commands::chat::Args>),
     Caption(Box<commands::caption::Args>),
     Ask(Box<commands::ask::Args>),
     Classify(commands::classify::Args),
@@ -40,6 +41,7 @@ enum Command {
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => commands::generate::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
         Command::Caption(args) => commands::caption::run(&args),
         Command::Ask(args) => commands::ask::run(&args),
         Command::Classify(args) => commands::classify::run(&args),

@@ -135,6 +135,11 @@ impl ModelArgs {
         Ok(Loaded { model, processor, options: self.process_options() })
     }
 
+    /// The model as it was named.
+    pub(crate) fn name(&self) -> &str {
+        &self.model
+    }
+
     fn process_options(&self) -> ProcessOptions {
         let images = &self.images;
         ProcessOptions {

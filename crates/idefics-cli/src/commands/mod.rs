@@ -3,6 +3,7 @@
 pub(crate) mod ask;
 pub(crate) mod bench;
 pub(crate) mod caption;
+pub(crate) mod chat;
 pub(crate) mod classify;
 pub(crate) mod download;
 pub(crate) mod generate;
