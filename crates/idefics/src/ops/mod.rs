@@ -9,7 +9,7 @@ mod attention;
 mod linear;
 mod row_ops;
 
-pub use attention::{KeyValues, Span, attention_with_cache, attention_within};
+pub use attention::{GROWTH_ROWS, KeyValues, Span, attention_with_cache, attention_within};
 pub use candle_core::Tensor;
 pub use idefics_kernels::{
     Compute, Isa,
