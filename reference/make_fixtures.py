@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bitsandbytes  # noqa: E402
 import numpy  # noqa: E402
+import peft  # noqa: E402
 import PIL  # noqa: E402
 import sentencepiece  # noqa: E402
 import tokenizers  # noqa: E402
@@ -32,6 +33,7 @@ import transformers  # noqa: E402
 
 from idefics_fixtures import (  # noqa: E402
     activations,
+    adapters,
     answers,
     common,
     generation,
@@ -42,11 +44,16 @@ from idefics_fixtures import (  # noqa: E402
     quantized,
     stub,
     tiny,
+    training,
+    unimodal,
     warpers,
 )
 
 # The first folder or file of a path that matches names the writer.
 WRITERS = {
+    "adapters/": "adapters.py",
+    "init/": "unimodal.py",
+    "training/": "training.py",
     "golden_keys.json": "golden.py",
     "llama_tokenizer.json": "llama_vectors.py",
     "processor/": "pictures.py",
@@ -77,6 +84,9 @@ def write_all() -> None:
     prompts.write_prompts(tinies)
     quantized.write_quantize()
     quantized.write_tiny_nf4()
+    adapters.write_adapters(tinies[0])
+    training.write_training(tinies[0])
+    unimodal.write_unimodal()
     write_manifest()
 
 
@@ -89,7 +99,7 @@ def write_manifest() -> None:
             writer = next(writer for part, writer in WRITERS.items() if part in name)
             digest = common.sha256(path.read_bytes())
             files[name] = {"sha256": digest, "generator": f"reference/idefics_fixtures/{writer}"}
-    modules = (torch, transformers, tokenizers, sentencepiece, numpy, PIL, bitsandbytes)
+    modules = (torch, transformers, tokenizers, sentencepiece, numpy, PIL, bitsandbytes, peft)
     versions = {module.__name__: module.__version__.split("+")[0] for module in modules}
     common.write_json(common.FIXTURES / "manifest.json", {
         "command": "python reference/make_fixtures.py",

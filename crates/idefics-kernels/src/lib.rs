@@ -14,6 +14,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub mod attention;
+pub mod backward;
 pub mod elementwise;
 mod isa;
 pub mod linear;

@@ -37,6 +37,18 @@ impl RotaryTable {
     /// # Panics
     /// If a position lies outside the table or the rows do not divide `x`.
     pub fn rotate(&self, x: &mut [f32], positions: &[u32]) {
+        self.turn(x, positions, 1.0);
+    }
+
+    /// Undoes [`rotate`](Self::rotate), which is what its gradient goes through.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn rotate_back(&self, x: &mut [f32], positions: &[u32]) {
+        self.turn(x, positions, -1.0);
+    }
+
+    fn turn(&self, x: &mut [f32], positions: &[u32], direction: f32) {
         if positions.is_empty() {
             return;
         }
@@ -48,6 +60,7 @@ impl RotaryTable {
             for head in values.chunks_exact_mut(2 * self.half) {
                 let (first, second) = head.split_at_mut(self.half);
                 for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(table) {
+                    let sin = sin * direction;
                     (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                 }
             }
@@ -70,6 +83,10 @@ mod tests {
         let (c1, s1) = (0.03f32.cos(), 0.03f32.sin());
         let expected = [c0 - 3.0 * s0, 2.0 * c1 - 4.0 * s1, 3.0 * c0 + s0, 4.0 * c1 + 2.0 * s1];
         for (got, expected) in x[4..].iter().zip(expected) {
+            assert!((got - expected).abs() < 1e-6, "{got} {expected}");
+        }
+        table.rotate_back(&mut x, &[0, 3]);
+        for (got, expected) in x.iter().zip([1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0]) {
             assert!((got - expected).abs() < 1e-6, "{got} {expected}");
         }
     }

@@ -10,3 +10,4 @@ pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod quantize;
 pub(crate) mod score;
+pub(crate) mod serve;

@@ -17,6 +17,7 @@ mod packed;
 mod scan;
 mod weight;
 mod weights;
+pub(crate) mod write;
 
 use std::{
     collections::BTreeMap,
@@ -37,6 +38,7 @@ pub use packed::{LinearWeight, Nf4Weight, PackedWeight, Q8Weight};
 pub use scan::NonFinite;
 pub use weight::{DType, Weight};
 pub use weights::Weights;
+pub use write::{CheckpointWriter, TensorSpec, WriteError, check_not_same, config_json};
 
 use crate::{config::IdeficsConfig, quantize::Format};
 use assemble::Scheme;

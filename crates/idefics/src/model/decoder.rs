@@ -8,7 +8,9 @@ use std::sync::Arc;
 use super::{ModelError, loader::Loader, mlp::Mlp};
 use crate::{
     config::IdeficsConfig,
-    ops::{self, Context, Heads, KeyValues, Linear, RmsNorm, RotaryTable, Span, Tensor, Visible},
+    ops::{
+        self, AttentionGroup, Context, Heads, KeyValues, Linear, RmsNorm, RotaryTable, Span, Tensor, Visible,
+    },
 };
 
 pub(super) struct DecoderLayer {
@@ -69,27 +71,52 @@ impl DecoderLayer {
         positions: &Positions,
         segments: &mut [Segment<'_>],
     ) -> ops::Result<Tensor> {
+        self.forward_with(ctx, x, positions, |q, k, v| {
+            let mut first = 0;
+            for segment in &mut *segments {
+                segment.memory.append(k, v, first, segment.n_tokens)?;
+                first += segment.n_tokens;
+            }
+            let spans: Vec<_> = segments
+                .iter()
+                .map(|segment| Span {
+                    n_queries: segment.n_tokens,
+                    memory: &*segment.memory,
+                    visible: Visible::Causal { past: segment.past },
+                })
+                .collect();
+            ops::attention_with_cache(ctx, self.heads, q, &spans)
+        })
+    }
+
+    /// `[T, D] -> [T, D]` of whole sequences, which `groups` tell apart, with nothing remembered.
+    pub(super) fn forward_whole(
+        &self,
+        ctx: Context,
+        x: &Tensor,
+        positions: &Positions,
+        groups: &Arc<[AttentionGroup]>,
+    ) -> ops::Result<Tensor> {
+        self.forward_with(ctx, x, positions, |q, k, v| {
+            ops::attention_within(ctx, self.heads, q, k, v, groups)
+        })
+    }
+
+    /// The layer around its attention, which `attend` computes from rotated queries and keys and the values.
+    fn forward_with(
+        &self,
+        ctx: Context,
+        x: &Tensor,
+        positions: &Positions,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> ops::Result<Tensor>,
+    ) -> ops::Result<Tensor> {
         let normed = self.input_layernorm.forward(ctx, x)?;
         let q = self.q_proj.forward(ctx, &normed)?; // [T, H·K]
         let k = self.k_proj.forward(ctx, &normed)?;
         let v = self.v_proj.forward(ctx, &normed)?;
         let q = ops::rotate(&q, &positions.table, &positions.of_tokens)?;
         let k = ops::rotate(&k, &positions.table, &positions.of_tokens)?;
-
-        let mut first = 0;
-        for segment in &mut *segments {
-            segment.memory.append(&k, &v, first, segment.n_tokens)?;
-            first += segment.n_tokens;
-        }
-        let spans: Vec<_> = segments
-            .iter()
-            .map(|segment| Span {
-                n_queries: segment.n_tokens,
-                memory: &*segment.memory,
-                visible: Visible::Causal { past: segment.past },
-            })
-            .collect();
-        let attended = ops::attention_with_cache(ctx, self.heads, &q, &spans)?; // [T, H·K]
+        let attended = attend(&q, &k, &v)?; // [T, H·K]
         let x = ops::add(x, &self.o_proj.forward(ctx, &attended)?)?;
 
         let normed = self.post_attention_layernorm.forward(ctx, &x)?;

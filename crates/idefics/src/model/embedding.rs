@@ -24,10 +24,15 @@ impl DecoupledEmbedding {
     pub(super) fn new(config: &IdeficsConfig, loader: &Loader<'_>) -> Result<Self, ModelError> {
         let (additional, width) = (config.additional_vocab_size, config.hidden_size);
         Ok(Self {
-            base: Embedding::new(loader.weight("weight", &[config.vocab_size, width])?),
+            base: Embedding::new(
+                loader.weight("weight", &[config.vocab_size, width])?,
+                loader.gradient("weight"),
+            ),
             additional: (additional > 0)
                 .then(|| {
-                    loader.weight("additional_embedding.weight", &[additional, width]).map(Embedding::new)
+                    let loader = loader.at("additional_embedding");
+                    let weight = loader.weight("weight", &[additional, width])?;
+                    Ok::<_, ModelError>(Embedding::new(weight, loader.gradient("weight")))
                 })
                 .transpose()?,
         })
@@ -47,6 +52,21 @@ impl DecoupledEmbedding {
         }
         Ok(ops::tensor(rows, &[token_ids.len(), self.base.width()])?)
     }
+
+    /// Adds the gradient of the rows `[T, D]` of `token_ids`, which are known, where it goes.
+    pub(super) fn backward(&self, token_ids: &[u32], dy: &Tensor) -> ops::Result<()> {
+        let dy = ops::to_vec(dy)?;
+        for (id, row) in token_ids.iter().zip(dy.chunks_exact(self.base.width())) {
+            let index = *id as usize;
+            match &self.additional {
+                Some(table) if index >= self.base.len() => {
+                    table.add_row_gradient(index - self.base.len(), row);
+                }
+                _ => self.base.add_row_gradient(index, row),
+            }
+        }
+        Ok(())
+    }
 }
 
 impl DecoupledLmHead {
@@ -59,7 +79,8 @@ impl DecoupledLmHead {
         };
         let (n, width) = (config.additional_vocab_size, config.hidden_size);
         Ok(Self {
-            base: Linear::new(base.weight("weight", &[config.vocab_size, width])?, None),
+            base: Linear::new(base.weight("weight", &[config.vocab_size, width])?, None)
+                .with_gradients(base.gradient("weight"), None),
             additional: (n > 0).then(|| base.linear(additional, n, width)).transpose()?,
         })
     }

@@ -80,6 +80,28 @@ pub enum ModelError {
         /// The most it may have.
         limit: usize,
     },
+    /// Low-rank factors that do not fit their layer.
+    #[error("low-rank factors of `{name}` `[{n}, {k}]`: expected [r, {k}] and [{n}, r], got {a:?} and {b:?}")]
+    LowRankShape {
+        /// The layer's full name.
+        name: String,
+        /// Shape of `A`.
+        a: Vec<usize>,
+        /// Shape of `B`.
+        b: Vec<usize>,
+        /// Outputs of the layer.
+        n: usize,
+        /// Inputs of the layer.
+        k: usize,
+    },
+    /// Targets and tokens of a training sequence differ in number.
+    #[error("{tokens} tokens came with {targets} targets")]
+    RaggedTargets {
+        /// Number of token ids.
+        tokens: usize,
+        /// Number of targets.
+        targets: usize,
+    },
     /// An operation on tensors failed.
     #[error(transparent)]
     Tensor(#[from] TensorError),

@@ -8,13 +8,12 @@ use super::{
     decoder::{DecoderLayer, Positions, Segment},
     embedding::{DecoupledEmbedding, DecoupledLmHead},
     gated_cross_attention::{GatedCrossAttention, ImageRun, ImageView},
-    loader::Loader,
+    loader::{Loader, Trained},
     perceiver::PerceiverResampler,
     unobserved,
     vision::VisionTransformer,
 };
 use crate::{
-    SequenceInputs,
     config::IdeficsConfig,
     generate::{LogitsOf, Row, StepModel},
     ops::{self, Context, KeyValues, Linear, RmsNorm, RotaryTable, Tensor},
@@ -29,14 +28,14 @@ pub struct Model {
     config: IdeficsConfig,
     ctx: Context,
     other_sizes: OtherSizes,
-    vision: VisionTransformer,
-    perceiver: Option<PerceiverResampler>,
-    embed_tokens: DecoupledEmbedding,
-    gated_cross_attn_layers: Vec<GatedCrossAttention>,
-    layers: Vec<DecoderLayer>,
-    norm: RmsNorm,
-    lm_head: DecoupledLmHead,
-    rotary: Arc<RotaryTable>,
+    pub(super) vision: VisionTransformer,
+    pub(super) perceiver: Option<Trained<PerceiverResampler>>,
+    pub(super) embed_tokens: Trained<DecoupledEmbedding>,
+    pub(super) gated_cross_attn_layers: Vec<Trained<GatedCrossAttention>>,
+    pub(super) layers: Vec<Trained<DecoderLayer>>,
+    pub(super) norm: RmsNorm,
+    pub(super) lm_head: DecoupledLmHead,
+    pub(super) rotary: Arc<RotaryTable>,
 }
 
 impl Model {
@@ -51,14 +50,16 @@ impl Model {
             vision: VisionTransformer::new(&config.vision_config, &model.at("vision_model"))?,
             perceiver: config
                 .use_resampler
-                .then(|| PerceiverResampler::new(&config, &model.at("perceiver_resampler")))
+                .then(|| root.trained(|| PerceiverResampler::new(&config, &model.at("perceiver_resampler"))))
                 .transpose()?,
-            embed_tokens: DecoupledEmbedding::new(&config, &model.at("embed_tokens"))?,
+            embed_tokens: root.trained(|| DecoupledEmbedding::new(&config, &model.at("embed_tokens")))?,
             gated_cross_attn_layers: (0..config.num_cross_layers())
-                .map(|block| GatedCrossAttention::new(&config, block, &cross_layers.at(block)))
+                .map(|block| {
+                    root.trained(|| GatedCrossAttention::new(&config, block, &cross_layers.at(block)))
+                })
                 .collect::<Result<_, _>>()?,
             layers: (0..config.num_hidden_layers)
-                .map(|layer| DecoderLayer::new(&config, &layers.at(layer)))
+                .map(|layer| root.trained(|| DecoderLayer::new(&config, &layers.at(layer))))
                 .collect::<Result<_, _>>()?,
             norm: model.rms_norm("norm", config.hidden_size, config.rms_norm_eps)?,
             lm_head: DecoupledLmHead::new(&config, &root)?,
@@ -195,13 +196,13 @@ impl Model {
     }
 
     fn step_linears(&self) -> impl Iterator<Item = &Linear> {
-        let gated = self.gated_cross_attn_layers.iter().flat_map(GatedCrossAttention::linears);
-        self.layers.iter().flat_map(DecoderLayer::linears).chain(gated).chain(self.lm_head.linears())
+        let gated = self.gated_cross_attn_layers.iter().flat_map(|block| block.linears());
+        self.layers.iter().flat_map(|layer| layer.linears()).chain(gated).chain(self.lm_head.linears())
     }
 
     /// Checks all rows before any cache is touched; returns which token sees which image.
     fn check(&self, rows: &[Row<'_, SequenceCache>]) -> Result<ImageView, ModelError> {
-        let mut view = ImageView { rows: Vec::new(), runs: Vec::<ImageRun>::new() };
+        let (mut seeing, mut runs) = (Vec::new(), Vec::<ImageRun>::new());
         let mut first = 0;
         for row in rows {
             let (tokens, indices) = (row.token_ids.len(), row.image_index.len());
@@ -218,19 +219,20 @@ impl Model {
                 let Some(image) = row.cache.images.get(index as usize) else {
                     return Err(ModelError::UnknownImage { index, n_images });
                 };
-                view.rows.push(first + offset);
-                match view.runs.last_mut() {
+                seeing.push(first + offset);
+                match runs.last_mut() {
                     Some(run) if Arc::ptr_eq(&run.image, image) => run.n_tokens += 1,
-                    _ => view.runs.push(ImageRun { n_tokens: 1, image: Arc::clone(image) }),
+                    _ => runs.push(ImageRun { n_tokens: 1, image: Arc::clone(image) }),
                 }
             }
             first += tokens;
         }
-        Ok(view)
+        Ok(ImageView { rows: seeing.into(), runs })
     }
 }
 
 impl StepModel for Model {
+    type Image = Arc<ImageStates>;
     type Cache = SequenceCache;
     type Error = ModelError;
 
@@ -242,9 +244,36 @@ impl StepModel for Model {
         self.config.max_position_embeddings
     }
 
-    fn start(&self, inputs: &SequenceInputs) -> Result<SequenceCache, ModelError> {
-        let images: Vec<&PixelValues> = inputs.images.iter().map(AsRef::as_ref).collect();
-        Ok(self.new_cache(self.encode_images(&images)?))
+    fn encode_images(&self, images: &[&PixelValues]) -> Result<Vec<Arc<ImageStates>>, ModelError> {
+        self.encode_images(images)
+    }
+
+    fn new_cache(&self, images: Vec<Arc<ImageStates>>) -> SequenceCache {
+        self.new_cache(images)
+    }
+
+    fn truncate(&self, cache: &mut SequenceCache, tokens: usize) {
+        cache.truncate(tokens, self.config.hidden_size);
+    }
+
+    fn copy_prefix(&self, cache: &SequenceCache, tokens: usize) -> SequenceCache {
+        cache.copy_prefix(tokens, self.config.hidden_size)
+    }
+
+    fn set_images(&self, cache: &mut SequenceCache, images: Vec<Arc<ImageStates>>) {
+        cache.images = images;
+    }
+
+    fn cache_bytes(&self, tokens: usize) -> usize {
+        self.bytes_of_tokens(tokens)
+    }
+
+    fn image_bytes(&self, image: &PixelValues) -> usize {
+        self.bytes_of_image(image)
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.step_weight_bytes()
     }
 
     fn step(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Vec<Vec<f32>>, ModelError> {
@@ -266,7 +295,7 @@ impl StepModel for Model {
         if wanted.is_empty() {
             return Ok(vec![Vec::new(); rows.len()]);
         }
-        let logits = ops::to_vec(&self.logits(&ops::select_rows(&hidden, &wanted)?)?)?;
+        let logits = ops::to_vec(&self.logits(&ops::select_rows(&hidden, &wanted.into())?)?)?;
         let mut rest = logits.as_slice();
         Ok(counts
             .into_iter()

@@ -9,11 +9,13 @@
 
 use std::sync::Arc;
 
-use super::{ModelError, Observer, Stage, cache::ImageStates, decoder::text_heads, loader::Loader, mlp::Mlp};
+use super::{
+    ModelError, Observer, Stage, cache::ImageStates, decoder::text_heads, loader::Loader, mlp::Mlp,
+    unobserved,
+};
 use crate::{
-    checkpoint::Weight,
     config::{AlphaType, IdeficsConfig},
-    ops::{self, Context, Heads, KeyValues, Linear, RmsNorm, Span, Tensor, Visible},
+    ops::{self, AttentionGroup, Context, Gate, Heads, KeyValues, Linear, RmsNorm, Span, Tensor, Visible},
 };
 
 pub(super) struct GatedCrossAttention {
@@ -25,12 +27,10 @@ pub(super) struct GatedCrossAttention {
     o_proj: Linear,
     q_layer_norm: Option<RmsNorm>,
     k_layer_norm: Option<RmsNorm>,
-    /// `tanh(alpha_cross_attn)`: `[1]` or `[D]`.
-    gate_cross_attn: Arc<[f32]>,
+    gate_cross_attn: Gate,
     post_attention_layernorm: RmsNorm,
     mlp: Mlp,
-    /// `tanh(alpha_dense)`: `[1]` or `[D]`.
-    gate_dense: Arc<[f32]>,
+    gate_dense: Gate,
     heads: Heads,
 }
 
@@ -43,7 +43,7 @@ pub(super) struct ImageRun {
 /// Which tokens of a step see an image, and which one.
 pub(super) struct ImageView {
     /// Rows of the step whose token sees an image, ascending: `[T']`.
-    pub(super) rows: Vec<usize>,
+    pub(super) rows: Arc<[usize]>,
     /// Their images, in the same order; the runs' lengths sum to `T'`.
     pub(super) runs: Vec<ImageRun>,
 }
@@ -60,6 +60,10 @@ impl GatedCrossAttention {
             AlphaType::Float => &[1],
             AlphaType::Vector => &[1, 1, width],
         };
+        // Both forms of alpha flatten to what scales a row.
+        let gate = |name: &str| -> Result<Gate, ModelError> {
+            Ok(Gate::new(&loader.weight(name, alpha_shape)?, loader.gradient(name)))
+        };
         Ok(Self {
             block,
             input_layernorm: loader.rms_norm("input_layernorm", width, eps)?,
@@ -69,10 +73,10 @@ impl GatedCrossAttention {
             o_proj: attention.linear("o_proj", width, width)?,
             q_layer_norm: head_norm("q_layer_norm")?,
             k_layer_norm: head_norm("k_layer_norm")?,
-            gate_cross_attn: gate(&loader.weight("alpha_cross_attn", alpha_shape)?),
+            gate_cross_attn: gate("alpha_cross_attn")?,
             post_attention_layernorm: loader.rms_norm("post_attention_layernorm", width, eps)?,
             mlp: Mlp::new(config, &loader.at("mlp"))?,
-            gate_dense: gate(&loader.weight("alpha_dense", alpha_shape)?),
+            gate_dense: gate("alpha_dense")?,
             heads: text_heads(config),
         })
     }
@@ -84,12 +88,16 @@ impl GatedCrossAttention {
 
     /// Keys and values of one image `[L, E]`: they depend on nothing else, so they are computed once.
     pub(super) fn image_keys_values(&self, ctx: Context, image: &Tensor) -> ops::Result<KeyValues> {
-        let k = self.k_proj.forward(ctx, image)?; // [L, H·K]
-        let k = normed_heads(ctx, self.k_layer_norm.as_ref(), k)?;
-        let v = self.v_proj.forward(ctx, image)?; // [L, H·K]
+        let (k, v) = self.keys_values(ctx, image)?;
         let mut memory = KeyValues::new(ctx);
         memory.append(&k, &v, 0, ops::dims2(&k)?.0)?;
         Ok(memory)
+    }
+
+    /// Keys and values of images `[ΣL, E]`, `[ΣL, H·K]` each.
+    fn keys_values(&self, ctx: Context, images: &Tensor) -> ops::Result<(Tensor, Tensor)> {
+        let k = self.k_proj.forward(ctx, images)?;
+        Ok((normed_heads(ctx, self.k_layer_norm.as_ref(), k)?, self.v_proj.forward(ctx, images)?))
     }
 
     /// `[T, D] -> [T, D]`.
@@ -100,7 +108,48 @@ impl GatedCrossAttention {
         view: &ImageView,
         observe: &mut Observer<'_>,
     ) -> ops::Result<Tensor> {
-        let x = if view.rows.is_empty() { x.clone() } else { self.look(ctx, x, view, observe)? };
+        let spans = || -> Vec<_> {
+            view.runs
+                .iter()
+                .map(|run| Span {
+                    n_queries: run.n_tokens,
+                    memory: &run.image.cross_attention[self.block],
+                    visible: Visible::All,
+                })
+                .collect()
+        };
+        self.forward_with(ctx, x, &view.rows, observe, |q| {
+            ops::attention_with_cache(ctx, self.heads, q, &spans())
+        })
+    }
+
+    /// `[T, D] -> [T, D]`, keys and values computed from `images` `[ΣL, E]` on the way. `rows` are the tokens that
+    /// see an image, `groups` what they see.
+    pub(super) fn forward_whole(
+        &self,
+        ctx: Context,
+        x: &Tensor,
+        images: Option<&Tensor>,
+        rows: &Arc<[usize]>,
+        groups: &Arc<[AttentionGroup]>,
+    ) -> ops::Result<Tensor> {
+        self.forward_with(ctx, x, rows, &mut unobserved, |q| {
+            let images = images.expect("a token sees an image only where there is one");
+            let (k, v) = self.keys_values(ctx, images)?;
+            ops::attention_within(ctx, self.heads, q, &k, &v, groups)
+        })
+    }
+
+    /// The block around its attention, which `attend` computes from the queries of the tokens that see an image.
+    fn forward_with(
+        &self,
+        ctx: Context,
+        x: &Tensor,
+        rows: &Arc<[usize]>,
+        observe: &mut Observer<'_>,
+        attend: impl FnOnce(&Tensor) -> ops::Result<Tensor>,
+    ) -> ops::Result<Tensor> {
+        let x = if rows.is_empty() { x.clone() } else { self.look(ctx, x, rows, observe, attend)? };
         let normed = self.post_attention_layernorm.forward(ctx, &x)?;
         ops::add_scaled(ctx, &x, &self.mlp.forward(ctx, &normed)?, &self.gate_dense)
     }
@@ -110,36 +159,23 @@ impl GatedCrossAttention {
         &self,
         ctx: Context,
         x: &Tensor,
-        view: &ImageView,
+        rows: &Arc<[usize]>,
         observe: &mut Observer<'_>,
+        attend: impl FnOnce(&Tensor) -> ops::Result<Tensor>,
     ) -> ops::Result<Tensor> {
         let (n_tokens, _) = ops::dims2(x)?;
-        let all = view.rows.len() == n_tokens;
-        let seeing = if all { x.clone() } else { ops::select_rows(x, &view.rows)? }; // [T', D]
+        let all = rows.len() == n_tokens;
+        let seeing = if all { x.clone() } else { ops::select_rows(x, rows)? }; // [T', D]
 
         let normed = self.input_layernorm.forward(ctx, &seeing)?;
         let q = self.q_proj.forward(ctx, &normed)?; // [T', H·K]
         let q = normed_heads(ctx, self.q_layer_norm.as_ref(), q)?;
-        let spans: Vec<_> = view
-            .runs
-            .iter()
-            .map(|run| Span {
-                n_queries: run.n_tokens,
-                memory: &run.image.cross_attention[self.block],
-                visible: Visible::All,
-            })
-            .collect();
-        let attended = ops::attention_with_cache(ctx, self.heads, &q, &spans)?; // [T', H·K]
+        let attended = attend(&q)?; // [T', H·K]
         let branch = self.o_proj.forward(ctx, &attended)?; // [T', D]
         observe(Stage::CrossAttention(self.block), &branch);
         let seeing = ops::add_scaled(ctx, &seeing, &branch, &self.gate_cross_attn)?;
-        if all { Ok(seeing) } else { ops::replace_rows(x, &view.rows, &seeing) }
+        if all { Ok(seeing) } else { ops::replace_rows(x, rows, &seeing) }
     }
-}
-
-/// `tanh(alpha)`; both forms of alpha flatten to what scales a row.
-fn gate(alpha: &Weight) -> Arc<[f32]> {
-    alpha.to_f32_vec().into_iter().map(f32::tanh).collect()
 }
 
 fn normed_heads(ctx: Context, norm: Option<&RmsNorm>, x: Tensor) -> ops::Result<Tensor> {

@@ -14,6 +14,8 @@ mod loader;
 mod mlp;
 mod observe;
 mod perceiver;
+mod sizes;
+mod training;
 mod vision;
 
 pub use cache::{ImageStates, SequenceCache};
@@ -21,3 +23,4 @@ pub use error::ModelError;
 pub use forward::{Model, OtherSizes};
 pub use loader::WeightSource;
 pub use observe::{Observer, Stage, unobserved};
+pub use training::{LossOptions, Tape, TrainingSequence};

@@ -6,9 +6,8 @@
 
 use super::{ModelError, Observer, Stage, loader::Loader};
 use crate::{
-    checkpoint::Weight,
     config::IdeficsConfig,
-    ops::{self, Activation, Context, Heads, LayerNorm, Linear, Tensor},
+    ops::{self, Activation, AttentionGroup, Context, Embedding, Heads, LayerNorm, Linear, Tensor, Visible},
 };
 
 /// Epsilon of every LayerNorm here; the configuration has no field for it.
@@ -16,7 +15,7 @@ const EPS: f64 = 1e-5;
 
 pub(super) struct PerceiverResampler {
     /// The learned queries `[L, E]`.
-    latents: Weight,
+    latents: Embedding,
     blocks: Vec<Block>,
     layer_norm: LayerNorm,
 }
@@ -41,7 +40,10 @@ impl PerceiverResampler {
         let (width, perceiver) = (config.vision_config.embed_dim, &config.perceiver_config);
         let blocks = loader.at("blocks");
         Ok(Self {
-            latents: loader.weight("latents", &[perceiver.resampler_n_latents, width])?,
+            latents: Embedding::new(
+                loader.weight("latents", &[perceiver.resampler_n_latents, width])?,
+                loader.gradient("latents"),
+            ),
             blocks: (0..perceiver.resampler_depth)
                 .map(|block| Block::new(config, &blocks.at(block)))
                 .collect::<Result<_, _>>()?,
@@ -57,14 +59,30 @@ impl PerceiverResampler {
         lengths: &[usize],
         observe: &mut Observer<'_>,
     ) -> ops::Result<Tensor> {
-        let (n_latents, width) = (self.latents.shape()[0], self.latents.shape()[1]);
-        let latents = self.latents.to_f32_vec().repeat(lengths.len());
-        let mut latents = ops::tensor(latents, &[lengths.len() * n_latents, width])?; // [N·L, E]
+        self.forward_from(ctx, context, &self.latents.to_tensor()?, lengths, observe)
+    }
+
+    /// The same from `latents` `[L, E]` that are given.
+    pub(super) fn forward_from(
+        &self,
+        ctx: Context,
+        context: &Tensor,
+        latents: &Tensor,
+        lengths: &[usize],
+        observe: &mut Observer<'_>,
+    ) -> ops::Result<Tensor> {
+        let n_latents = self.latents.len();
+        let mut latents = ops::concat_rows(&vec![latents.clone(); lengths.len()])?; // [N·L, E]
         for (index, block) in self.blocks.iter().enumerate() {
             latents = block.forward(ctx, context, &latents, lengths, n_latents)?;
             observe(Stage::PerceiverBlock(index), &latents);
         }
         self.layer_norm.forward(ctx, &latents)
+    }
+
+    /// The learned queries.
+    pub(super) fn latents(&self) -> &Embedding {
+        &self.latents
     }
 }
 
@@ -114,7 +132,16 @@ impl Block {
         let v = self.v_proj.forward(ctx, &seen)?;
         let q = normed_heads(ctx, self.q_layer_norm.as_ref(), q)?;
         let k = normed_heads(ctx, self.k_layer_norm.as_ref(), k)?;
-        let groups: Vec<_> = lengths.iter().map(|length| (n_latents, length + n_latents)).collect();
+        let mut first = 0;
+        let groups = lengths
+            .iter()
+            .enumerate()
+            .map(|(image, length)| {
+                let keys = (first, length + n_latents);
+                first += keys.1;
+                AttentionGroup { queries: (image * n_latents, n_latents), keys, visible: Visible::All }
+            })
+            .collect();
         let attended = ops::attention_within(ctx, self.heads, &q, &k, &v, &groups)?; // [N·L, H·K]
         let latents = ops::add(&self.output_proj.forward(ctx, &attended)?, latents)?;
 

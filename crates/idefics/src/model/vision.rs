@@ -4,18 +4,26 @@
 //! Surprising: the output is the last layer's hidden state of all tokens without `post_layernorm`, which
 //! checkpoints carry all the same; the norm before the first layer is spelled `pre_layrnorm` there.
 
-use super::{ModelError, Observer, Stage, loader::Loader};
+use std::sync::Arc;
+
+use super::{
+    ModelError, Observer, Stage,
+    loader::{Loader, Trained},
+    training::Tape,
+};
 use crate::{
-    checkpoint::Weight,
     config::VisionConfig,
-    ops::{self, Activation, Context, Embedding, Heads, LayerNorm, Linear, Tensor},
+    ops::{
+        self, Activation, AttentionGroup, Context, Embedding, Heads, LayerNorm, Linear, Segment, Tensor,
+        Visible,
+    },
     processor::PixelValues,
 };
 
 pub(super) struct VisionTransformer {
-    embeddings: Embeddings,
-    pre_layer_norm: LayerNorm,
-    layers: Vec<Layer>,
+    embeddings: Trained<Embeddings>,
+    pre_layer_norm: Trained<LayerNorm>,
+    layers: Vec<Trained<Layer>>,
 }
 
 /// What comes out of the tower: the vectors of all pictures laid end to end.
@@ -29,7 +37,8 @@ pub(super) struct VisionOutput {
 struct Embeddings {
     /// The patch convolution, whose stride is its size, as a product `[E, 3·p·p]`.
     patch_embedding: Linear,
-    class_embedding: Weight,
+    /// `[1, E]`.
+    class_embedding: Embedding,
     position_embedding: Embedding,
     patch_size: usize,
     image_size: usize,
@@ -62,10 +71,11 @@ impl VisionTransformer {
     pub(super) fn new(config: &VisionConfig, loader: &Loader<'_>) -> Result<Self, ModelError> {
         let layers = loader.at("encoder").at("layers");
         Ok(Self {
-            embeddings: Embeddings::new(config, &loader.at("embeddings"))?,
-            pre_layer_norm: loader.layer_norm("pre_layrnorm", config.embed_dim, config.layer_norm_eps)?,
+            embeddings: loader.trained(|| Embeddings::new(config, &loader.at("embeddings")))?,
+            pre_layer_norm: loader
+                .trained(|| loader.layer_norm("pre_layrnorm", config.embed_dim, config.layer_norm_eps))?,
             layers: (0..config.num_hidden_layers)
-                .map(|layer| Layer::new(config, &layers.at(layer)))
+                .map(|layer| loader.trained(|| Layer::new(config, &layers.at(layer))))
                 .collect::<Result<_, _>>()?,
         })
     }
@@ -87,13 +97,119 @@ impl VisionTransformer {
         let embedded = ops::concat_rows(&parts)?; // [ΣP, E]
         observe(Stage::VisionEmbeddings, &embedded);
         let mut hidden = self.pre_layer_norm.forward(ctx, &embedded)?;
-        let groups: Vec<_> = lengths.iter().map(|length| (*length, *length)).collect();
+        let groups = groups(&lengths);
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = layer.forward(ctx, &hidden, &groups)?;
             observe(Stage::VisionLayer(index), &hidden);
         }
         Ok(VisionOutput { hidden, lengths })
     }
+
+    /// As [`forward`](Self::forward), keeping what the backward pass needs; it reaches down to the lowest layer
+    /// that is trained and no further.
+    pub(super) fn forward_for_training<'a>(
+        &'a self,
+        ctx: Context,
+        images: &[&PixelValues],
+        tape: Tape,
+    ) -> Result<(VisionOutput, VisionTape<'a>), ModelError> {
+        let keeps = tape == Tape::Keep;
+        let side = self.embeddings.image_size / self.embeddings.patch_size;
+        let lengths = vec![1 + side * side; images.len()];
+        let mut kept = VisionTape { tower: self, layers: Vec::new(), embeddings: Vec::new() };
+        let mut parts = Vec::with_capacity(images.len());
+        let (class, positions) =
+            (self.embeddings.class_embedding.to_tensor()?, self.embeddings.position_embedding.to_tensor()?);
+        for image in images {
+            self.embeddings.check(image, OtherSizes::Refuse)?;
+            let patches = self.embeddings.unfold(image)?;
+            if self.embeddings.is_trained {
+                let inputs = [patches, class.clone(), positions.clone()];
+                let (segment, tokens) = Segment::forward(&inputs, keeps, move |x| {
+                    self.embeddings.embed(ctx, &x[0], &x[1], &x[2])
+                })?;
+                kept.embeddings.push(segment);
+                parts.push(tokens);
+            } else {
+                parts.push(self.embeddings.embed(ctx, &patches, &class, &positions)?);
+            }
+        }
+        let mut hidden = ops::concat_rows(&parts)?; // [ΣP, E]
+        let groups = groups(&lengths);
+        let mut is_needed = self.embeddings.is_trained || self.pre_layer_norm.is_trained;
+        hidden = if is_needed {
+            let (segment, out) =
+                Segment::forward(&[hidden], keeps, move |x| self.pre_layer_norm.forward(ctx, &x[0]))?;
+            kept.layers.push(segment);
+            out
+        } else {
+            self.pre_layer_norm.forward(ctx, &hidden)?
+        };
+        for layer in &self.layers {
+            is_needed |= layer.is_trained;
+            hidden = if is_needed {
+                let groups = Arc::clone(&groups);
+                let (segment, out) =
+                    Segment::forward(&[hidden], keeps, move |x| layer.forward(ctx, &x[0], &groups))?;
+                kept.layers.push(segment);
+                out
+            } else {
+                layer.forward(ctx, &hidden, &groups)?
+            };
+        }
+        Ok((VisionOutput { hidden, lengths }, kept))
+    }
+}
+
+/// What the backward pass of the tower needs: the layers from the lowest that is trained on.
+pub(super) struct VisionTape<'a> {
+    tower: &'a VisionTransformer,
+    layers: Vec<Segment<'a>>,
+    /// One for each picture, if the embeddings are trained.
+    embeddings: Vec<Segment<'a>>,
+}
+
+impl VisionTape<'_> {
+    /// Whether anything in the tower is trained.
+    pub(super) fn is_needed(&self) -> bool {
+        !self.layers.is_empty()
+    }
+
+    /// Takes the gradient of the output `[ΣP, E]` down to the lowest trained layer.
+    pub(super) fn backward(self, mut dy: Tensor) -> ops::Result<()> {
+        for segment in self.layers.into_iter().rev() {
+            dy = only(segment.backward(&dy)?);
+        }
+        let embeddings = &self.tower.embeddings;
+        let n_tokens = embeddings.position_embedding.len();
+        for (image, segment) in self.embeddings.into_iter().enumerate() {
+            let gradients = segment.backward(&ops::rows(&dy, image * n_tokens, n_tokens)?)?;
+            for (table, gradient) in
+                [&embeddings.class_embedding, &embeddings.position_embedding].into_iter().zip(&gradients[1..])
+            {
+                table.add_gradient(gradient)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The gradient of a segment's one input.
+pub(super) fn only(gradients: Vec<Tensor>) -> Tensor {
+    gradients.into_iter().next().expect("a segment has an input")
+}
+
+/// Pictures of `lengths` vectors each, which see themselves alone.
+fn groups(lengths: &[usize]) -> Arc<[AttentionGroup]> {
+    let mut first = 0;
+    lengths
+        .iter()
+        .map(|length| {
+            let rows = (first, *length);
+            first += length;
+            AttentionGroup { queries: rows, keys: rows, visible: Visible::All }
+        })
+        .collect()
 }
 
 impl Layer {
@@ -120,7 +236,7 @@ impl Layer {
     }
 
     /// `[ΣP, E] -> [ΣP, E]`; attention stays inside each picture.
-    fn forward(&self, ctx: Context, x: &Tensor, groups: &[(usize, usize)]) -> ops::Result<Tensor> {
+    fn forward(&self, ctx: Context, x: &Tensor, groups: &Arc<[AttentionGroup]>) -> ops::Result<Tensor> {
         let normed = self.layer_norm1.forward(ctx, x)?;
         let q = self.q_proj.forward(ctx, &normed)?; // [ΣP, H·K]
         let k = self.k_proj.forward(ctx, &normed)?;
@@ -140,9 +256,13 @@ impl Embeddings {
         let kernel = loader.weight("patch_embedding.weight", &[width, channels, patch, patch])?;
         let positions = loader.weight("position_embedding.weight", &[config.num_positions(), width])?;
         Ok(Self {
-            patch_embedding: Linear::new(kernel.reshape([width, channels * patch * patch]), None),
-            class_embedding: loader.weight("class_embedding", &[width])?,
-            position_embedding: Embedding::new(positions),
+            patch_embedding: Linear::new(kernel.reshape([width, channels * patch * patch]), None)
+                .with_gradients(loader.gradient("patch_embedding.weight"), None),
+            class_embedding: Embedding::new(
+                loader.weight("class_embedding", &[width])?.reshape([1, width]),
+                loader.gradient("class_embedding"),
+            ),
+            position_embedding: Embedding::new(positions, loader.gradient("position_embedding.weight")),
             patch_size: patch,
             image_size: config.image_size,
         })
@@ -155,6 +275,30 @@ impl Embeddings {
         image: &PixelValues,
         other_sizes: OtherSizes,
     ) -> Result<Tensor, ModelError> {
+        self.check(image, other_sizes)?;
+        let (rows, columns) = (image.height / self.patch_size, image.width / self.patch_size);
+        let positions = self.positions(rows, columns, image.height == image.width)?;
+        Ok(self.embed(ctx, &self.unfold(image)?, &self.class_embedding.to_tensor()?, &positions)?)
+    }
+
+    /// Patches `[P - 1, 3·p·p]` to `[P, E]`.
+    fn embed(
+        &self,
+        ctx: Context,
+        patches: &Tensor,
+        class: &Tensor,
+        positions: &Tensor,
+    ) -> ops::Result<Tensor> {
+        let patches = self.patch_embedding.forward(ctx, patches)?; // [P - 1, E]
+        ops::add(&ops::concat_rows(&[class.clone(), patches])?, positions)
+    }
+
+    fn unfold(&self, image: &PixelValues) -> ops::Result<Tensor> {
+        unfold(image, self.patch_size)
+    }
+
+    /// Refuses a picture that the tower cannot read.
+    fn check(&self, image: &PixelValues, other_sizes: OtherSizes) -> Result<(), ModelError> {
         let PixelValues { height, width, .. } = *image;
         let patch = self.patch_size;
         if other_sizes == OtherSizes::Refuse && (height, width) != (self.image_size, self.image_size) {
@@ -163,11 +307,7 @@ impl Embeddings {
         if image.data.len() != 3 * height * width || height < patch || width < patch {
             return Err(ModelError::BadImage { values: image.data.len(), height, width, patch });
         }
-        let (rows, columns) = (height / patch, width / patch);
-        let patches = self.patch_embedding.forward(ctx, &unfold(image, patch)?)?; // [rows·columns, E]
-        let class = ops::tensor(self.class_embedding.to_f32_vec(), &[1, self.class_embedding.len()])?;
-        let tokens = ops::concat_rows(&[class, patches])?; // [P, E]
-        Ok(ops::add(&tokens, &self.positions(rows, columns, height == width)?)?)
+        Ok(())
     }
 
     /// Position embeddings of a grid of patches, `[1 + rows·columns, E]`.

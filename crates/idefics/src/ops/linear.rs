@@ -3,27 +3,115 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
-use idefics_kernels::{Matrix, linear::linear};
+use idefics_kernels::{Matrix, backward, linear::linear};
 
-use super::{Context, Result, Tensor, contiguous, tensor};
+use super::{
+    Context, Gradient, Result, Tensor, add_times, contiguous, dropout::dropout, gradient_slice, tensor,
+    with_slice,
+};
 use crate::checkpoint::{DType, LinearWeight, PackedWeight, Weight};
 
-/// `x · Wᵀ + b` with `W` of `[N, K]`.
+/// `x · Wᵀ + b` with `W` of `[N, K]`, and what low-rank factors add to it.
 #[derive(Debug, Clone)]
 pub struct Linear {
     weight: LinearWeight,
     bias: Option<Arc<[f32]>>,
+    gradient: Option<Gradient>,
+    bias_gradient: Option<Gradient>,
+    low_rank: Vec<(Linear, Linear, LowRankScale)>,
+}
+
+/// Low-rank factors beside a product (LoRA, Hu et al., 2021): `y += scale · B(A(dropout(x)))`.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    /// `A`, `[r, K]`.
+    pub a: Weight,
+    /// `B`, `[N, r]`.
+    pub b: Weight,
+    /// Factor on what they add, `alpha / r` as a rule.
+    pub scale: f32,
+    /// Share of the inputs that `A` does not see, in training alone; 0 elsewhere.
+    pub dropout: f32,
+    /// Which inputs those are: another seed for every step and layer.
+    pub dropout_seed: u64,
+    /// Where the gradient of `A` goes if it is trained.
+    pub a_gradient: Option<Gradient>,
+    /// Where the gradient of `B` goes if it is trained.
+    pub b_gradient: Option<Gradient>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct LowRankScale {
+    scale: f32,
+    dropout: f32,
+    dropout_seed: u64,
 }
 
 impl Linear {
     /// A product with `weight` `[N, K]`, and `bias` `[N]` added to it.
     pub fn new(weight: impl Into<LinearWeight>, bias: Option<&Weight>) -> Self {
-        Self { weight: weight.into(), bias: bias.map(|bias| bias.to_f32_vec().into()) }
+        Self {
+            weight: weight.into(),
+            bias: bias.map(|bias| bias.to_f32_vec().into()),
+            gradient: None,
+            bias_gradient: None,
+            low_rank: Vec::new(),
+        }
+    }
+
+    /// Says where the gradients of weight and bias go; none for what is frozen.
+    #[must_use]
+    pub fn with_gradients(mut self, weight: Option<Gradient>, bias: Option<Gradient>) -> Self {
+        (self.gradient, self.bias_gradient) = (weight, bias);
+        self
+    }
+
+    /// Adds what low-rank factors add.
+    #[must_use]
+    pub fn with_low_rank(mut self, factors: Vec<LowRank>) -> Self {
+        self.low_rank.extend(factors.into_iter().map(|factors| {
+            let LowRank { a, b, scale, dropout, dropout_seed, a_gradient, b_gradient } = factors;
+            (
+                Self::new(a, None).with_gradients(a_gradient, None),
+                Self::new(b, None).with_gradients(b_gradient, None),
+                LowRankScale { scale, dropout, dropout_seed },
+            )
+        }));
+        self
     }
 
     /// `[T, K] -> [T, N]`.
     pub fn forward(&self, ctx: Context, x: &Tensor) -> Result<Tensor> {
-        Ok(x.apply_op1(LinearOp { ctx, linear: self.clone() })?)
+        let op = LinearOp {
+            ctx,
+            weight: self.weight.clone(),
+            bias: self.bias.clone(),
+            gradient: self.gradient.clone(),
+            bias_gradient: self.bias_gradient.clone(),
+        };
+        let mut y = x.apply_op1(op)?;
+        for (a, b, low_rank) in &self.low_rank {
+            let LowRankScale { scale, dropout: share, dropout_seed } = *low_rank;
+            let seen = if share > 0.0 { dropout(x, share, dropout_seed)? } else { x.clone() };
+            let inner = a.forward(ctx, &seen)?; // [T, r]
+            y = add_times(ctx, &y, &b.forward(ctx, &inner)?, scale)?;
+        }
+        Ok(y)
+    }
+
+    /// The gradient of `x` `[T, K]` from that of the output, `dy` `[T, N]`, without a tape; gradients of trained
+    /// weights are added where they go. For layers without low-rank factors.
+    pub fn backward(&self, ctx: Context, x: &[f32], dy: &[f32]) -> Vec<f32> {
+        debug_assert!(self.low_rank.is_empty(), "low-rank factors go through the tape");
+        let op = LinearOp {
+            ctx,
+            weight: self.weight.clone(),
+            bias: None,
+            gradient: self.gradient.clone(),
+            bias_gradient: self.bias_gradient.clone(),
+        };
+        op.add_gradients(x, dy);
+        op.input_gradient(x.len(), dy)
     }
 
     /// Number of weights, bias not counted.
@@ -44,7 +132,31 @@ impl Linear {
 
 struct LinearOp {
     ctx: Context,
-    linear: Linear,
+    weight: LinearWeight,
+    bias: Option<Arc<[f32]>>,
+    gradient: Option<Gradient>,
+    bias_gradient: Option<Gradient>,
+}
+
+impl LinearOp {
+    /// Adds the gradients of the weight and the bias where they are trained.
+    fn add_gradients(&self, x: &[f32], dy: &[f32]) {
+        if let Some(gradient) = &self.gradient {
+            let k = self.weight.shape()[1];
+            backward::linear_weight(self.ctx.isa, self.ctx.compute, dy, x, k, &mut gradient.lock());
+        }
+        if let Some(gradient) = &self.bias_gradient {
+            backward::add_column_sums(dy, &mut gradient.lock());
+        }
+    }
+
+    /// The gradient of an input of `len` numbers.
+    fn input_gradient(&self, len: usize, dy: &[f32]) -> Vec<f32> {
+        let mut dx = vec![0.0; len];
+        let k = self.weight.shape()[1];
+        backward::linear_input(self.ctx.isa, self.ctx.compute, dy, matrix(&self.weight), k, &mut dx);
+        dx
+    }
 }
 
 impl CustomOp1 for LinearOp {
@@ -53,8 +165,7 @@ impl CustomOp1 for LinearOp {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Linear { weight, bias } = &self.linear;
-        let (n, k) = match weight.shape() {
+        let (n, k) = match self.weight.shape() {
             [n, k] => (*n, *k),
             other => candle_core::bail!("a weight of two dimensions expected, got {other:?}"),
         };
@@ -67,12 +178,22 @@ impl CustomOp1 for LinearOp {
             self.ctx.isa,
             self.ctx.compute,
             contiguous(storage, layout)?,
-            matrix(weight),
+            matrix(&self.weight),
             k,
-            bias.as_deref(),
+            self.bias.as_deref(),
             &mut out,
         );
         Ok((CpuStorage::F32(out), (rows, n).into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let dx = gradient_slice(dy, |dy| {
+            with_slice(x, |x, _| {
+                self.add_gradients(x, dy);
+                Ok(self.input_gradient(x.len(), dy))
+            })
+        })?;
+        Ok(Some(tensor(dx, x.dims())?))
     }
 }
 
@@ -80,12 +201,13 @@ impl CustomOp1 for LinearOp {
 #[derive(Debug, Clone)]
 pub struct Embedding {
     weight: Weight,
+    gradient: Option<Gradient>,
 }
 
 impl Embedding {
-    /// A table with the rows of `weight`.
-    pub fn new(weight: Weight) -> Self {
-        Self { weight }
+    /// A table with the rows of `weight`, and where its gradient goes if it is trained.
+    pub fn new(weight: Weight, gradient: Option<Gradient>) -> Self {
+        Self { weight, gradient }
     }
 
     /// Number of rows.
@@ -114,6 +236,22 @@ impl Embedding {
     /// All rows, widened: `[V, D]`.
     pub fn to_tensor(&self) -> Result<Tensor> {
         tensor(self.weight.to_f32_vec(), self.weight.shape())
+    }
+
+    /// Adds the gradient of all rows `[V, D]` where it goes, if the table is trained.
+    pub fn add_gradient(&self, gradient: &Tensor) -> Result<()> {
+        let Some(sum) = &self.gradient else { return Ok(()) };
+        gradient_slice(gradient, |gradient| {
+            sum.add_at(0, gradient);
+            Ok(())
+        })
+    }
+
+    /// Adds the gradient of row `index` where it goes, if the table is trained.
+    pub fn add_row_gradient(&self, index: usize, row: &[f32]) {
+        if let Some(gradient) = &self.gradient {
+            gradient.add_at(index * self.width(), row);
+        }
     }
 }
 

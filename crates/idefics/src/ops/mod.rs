@@ -2,28 +2,37 @@
 //!
 //! Activations are `f32` tensors, `[T, D]` with the tokens of all sequences laid end to end. Weights are never
 //! tensors: an operation carries the [`Weight`](crate::checkpoint::Weight) it reads, where the checkpoint is
-//! mapped. Operations are candle `CustomOp`s, so a backward pass that is missing is an error there and never a
-//! silently lost gradient.
+//! mapped, and the [`Gradient`] it adds to when it is trained. Operations are candle `CustomOp`s, so a backward pass
+//! that is missing is an error there and never a silently lost gradient.
 
 mod attention;
+mod dropout;
+mod gradient;
 mod linear;
+mod loss;
 mod row_ops;
+mod tape;
 
-pub use attention::{KeyValues, Span, attention_with_cache, attention_within};
+pub use attention::{GROWTH_ROWS, KeyValues, Span, attention_with_cache, attention_within};
 pub use candle_core::Tensor;
+pub use gradient::Gradient;
+pub use idefics_kernels::backward::Job as AttentionGroup;
 pub use idefics_kernels::{
     Compute, Isa,
     attention::{Heads, Visible},
     elementwise::Activation,
     rope::RotaryTable,
 };
-pub use linear::{Embedding, Linear};
+pub use linear::{Embedding, Linear, LowRank};
+pub use loss::{LossSum, next_token_loss};
 pub use row_ops::{
-    LayerNorm, RmsNorm, activate, activate_gate, add, add_scaled, concat_columns, concat_rows, replace_rows,
-    rotate, rows, select_rows,
+    Gate, LayerNorm, RmsNorm, activate, activate_gate, add, add_scaled, concat_columns, concat_rows,
+    replace_rows, rotate, rows, select_rows,
 };
+pub use tape::Segment;
 
 use candle_core::{CpuStorage, Device, Layout};
+use row_ops::add_times;
 
 /// How operations are computed: with which instructions, and what products are rounded to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +47,12 @@ pub struct Context {
 #[derive(Debug, thiserror::Error)]
 #[error("tensor operation failed: {0}")]
 pub struct TensorError(#[from] candle_core::Error);
+
+impl From<TensorError> for candle_core::Error {
+    fn from(TensorError(error): TensorError) -> Self {
+        error
+    }
+}
 
 /// Result of an operation.
 pub type Result<T, E = TensorError> = std::result::Result<T, E>;
@@ -69,6 +84,12 @@ fn with_slice<R>(x: &Tensor, work: impl FnOnce(&[f32], &[usize]) -> candle_core:
         return Err(TensorError(candle_core::Error::Msg("a tensor on the CPU expected".to_owned())));
     };
     Ok(work(contiguous(storage, layout)?, layout.dims())?)
+}
+
+/// Lends the elements of a gradient, which the tape may hand over in any layout.
+fn gradient_slice<R>(dy: &Tensor, work: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let dy = dy.contiguous()?;
+    with_slice(&dy, |dy, _| Ok(work(dy)?))
 }
 
 /// The elements of a contiguous `f32` storage.

@@ -1,12 +1,8 @@
 //! Why weights could not be quantized.
 
-use std::{
-    fmt::Display,
-    io,
-    path::{Path, PathBuf},
-};
+use std::{fmt::Display, path::PathBuf};
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, WriteError};
 
 /// Why weights could not be quantized.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +11,9 @@ pub enum QuantizeError {
     /// The model cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A file cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// The weights are packed already.
     #[error("the model is quantized already ({format}): start from the unquantized one")]
     AlreadyQuantized {
@@ -41,12 +40,6 @@ pub enum QuantizeError {
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// The model would be written over itself.
-    #[error("`{path}` is the model's own directory: name another one to write to")]
-    SameDirectory {
-        /// The directory.
-        path: PathBuf,
-    },
     /// A directory of somebody else's files.
     #[error("`{path}` is not empty and holds no unfinished output: name an empty or a new directory")]
     NotEmpty {
@@ -63,36 +56,6 @@ pub enum QuantizeError {
         /// What differs.
         what: &'static str,
     },
-    /// Too little room on the disk.
-    #[error("`{path}` needs {needed} more bytes, but its disk has {available} left")]
-    NoSpace {
-        /// The directory.
-        path: PathBuf,
-        /// Bytes still to be written.
-        needed: u64,
-        /// Bytes that can be.
-        available: u64,
-    },
-    /// A file that cannot be read or written.
-    #[error("cannot {verb} `{path}`")]
-    Io {
-        /// What was tried.
-        verb: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        #[source]
-        source: io::Error,
-    },
-    /// A configuration or index that is no JSON object.
-    #[error("`{path}` is not a JSON object")]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: serde_json::Error,
-    },
     /// What was read back is not what was written.
     #[error("`{path}` does not read back as it was written ({problem}): is the disk sound")]
     Verify {
@@ -101,12 +64,6 @@ pub enum QuantizeError {
         /// What differs.
         problem: String,
     },
-}
-
-/// Wraps what the system says about a file.
-pub(super) fn io_error(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> QuantizeError {
-    let path = path.to_owned();
-    move |source| QuantizeError::Io { verb, path, source }
 }
 
 /// Words with commas.

@@ -1,73 +1,14 @@
-//! The files beside the weights, and how any file comes to be: written under another name, synced, renamed.
+//! The files beside the weights.
 
-use std::{
-    fs::{self, File},
-    io::{BufWriter, Write},
-    path::{Path, PathBuf},
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{Format, Recipe};
+use crate::checkpoint::{
+    DType, Part, Q8_METHOD, WriteError, torch_name,
+    write::{SIDE_FILES, copy_file, read_object, write_json},
 };
-
-use serde_json::{Map, Value, json};
-
-use super::{Format, QuantizeError, Recipe, error::io_error};
-use crate::checkpoint::{DType, Part, Q8_METHOD, torch_name};
-
-/// Files that are copied as they are, where the model has them.
-const COPIED: [&str; 14] = [
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-];
-
-/// The name of a file that is being written.
-pub(super) fn partial_path(path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.partial"))
-}
-
-/// Writes a file that is either whole or not there: `check` looks at it before it gets its name.
-pub(super) fn write_whole<T>(
-    path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> Result<(), QuantizeError>,
-    check: impl FnOnce(&Path) -> Result<T, QuantizeError>,
-) -> Result<T, QuantizeError> {
-    let partial = partial_path(path);
-    let mut file =
-        BufWriter::with_capacity(1 << 20, File::create(&partial).map_err(io_error("create", &partial))?);
-    write(&mut file)?;
-    let file = file.into_inner().map_err(|error| io_error("write", &partial)(error.into_error()))?;
-    file.sync_all().map_err(io_error("write", &partial))?;
-    drop(file);
-    let checked = check(&partial)?;
-    fs::rename(&partial, path).map_err(io_error("rename", &partial))?;
-    sync_directory(path.parent().unwrap_or(Path::new(".")))?;
-    Ok(checked)
-}
-
-/// Writes a text of JSON.
-pub(super) fn write_json(path: &Path, value: &Value) -> Result<(), QuantizeError> {
-    let text = format!("{value:#}\n");
-    let write = |file: &mut BufWriter<File>| file.write_all(text.as_bytes()).map_err(io_error("write", path));
-    write_whole(path, write, |_| Ok(()))
-}
-
-/// Makes renames last.
-fn sync_directory(directory: &Path) -> Result<(), QuantizeError> {
-    #[cfg(unix)]
-    File::open(directory).and_then(|file| file.sync_all()).map_err(io_error("sync", directory))?;
-    let _ = directory;
-    Ok(())
-}
 
 /// Copies tokenizer, processor and generation files, then writes the configuration: without it a directory is
 /// no model, so it comes last.
@@ -76,21 +17,11 @@ pub(super) fn write_side_files(
     to: &Path,
     recipe: &Recipe,
     dtype: DType,
-) -> Result<(), QuantizeError> {
-    for name in COPIED {
-        let source = from.join(name);
-        if !source.is_file() {
-            continue;
-        }
-        let bytes = fs::read(&source).map_err(io_error("read", &source))?;
-        let target = to.join(name);
-        let write = |file: &mut BufWriter<File>| file.write_all(&bytes).map_err(io_error("write", &target));
-        write_whole(&target, write, |_| Ok(()))?;
+) -> Result<(), WriteError> {
+    for name in SIDE_FILES {
+        copy_file(&from.join(name), &to.join(name))?;
     }
-    let path = from.join("config.json");
-    let text = fs::read_to_string(&path).map_err(io_error("read", &path))?;
-    let mut config: Map<String, Value> =
-        serde_json::from_str(&text).map_err(|source| QuantizeError::Json { path, source })?;
+    let mut config = read_object(&from.join("config.json"))?;
     config.insert("quantization_config".to_owned(), quantization_config(recipe, dtype));
     write_json(&to.join("config.json"), &Value::Object(config))
 }
@@ -122,15 +53,4 @@ fn quantization_config(recipe: &Recipe, dtype: DType) -> Value {
             "quant_method": "bitsandbytes",
         }),
     }
-}
-
-/// Bytes that may still be written to the disk of a directory, where the system tells.
-pub(super) fn available_bytes(directory: &Path) -> Option<u64> {
-    #[cfg(unix)]
-    return rustix::fs::statvfs(directory).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize));
-    #[cfg(not(unix))]
-    return {
-        _ = directory;
-        None
-    };
 }

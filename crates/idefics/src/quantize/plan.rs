@@ -3,19 +3,20 @@
 //! Every size follows from the shapes. The one text of variable length, the state beside an NF4 weight, is
 //! padded with spaces, which also keeps every packed weight at a multiple of 64 bytes.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::borrow::Cow;
 
 use idefics_kernels::{
     nf4::{self, CODE_VALUES},
     q8,
 };
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use super::{Format, QuantizeError, Recipe, error, pack::pack};
-use crate::checkpoint::{Checkpoint, DType, PackedWeight, Weight, expected_tensors, torch_name};
+use crate::checkpoint::{
+    Checkpoint, DType, PackedWeight, Weight, expected_tensors, torch_name,
+    write::{self, ALIGN, Piece, file_header, shard_name, split},
+};
 
-/// Alignment of packed weights and of the first tensor.
-const ALIGN: u64 = 64;
 /// Bytes of the longest number that a state may hold.
 const LONGEST_NUMBER: usize = 24;
 
@@ -25,14 +26,6 @@ pub(super) struct Entry {
     pub(super) source: Weight,
     /// The format, or nothing if it is copied.
     pub(super) format: Option<Format>,
-}
-
-/// One tensor of a file.
-pub(super) struct Piece {
-    pub(super) name: String,
-    pub(super) dtype: &'static str,
-    pub(super) shape: Vec<usize>,
-    pub(super) bytes: u64,
 }
 
 /// One file.
@@ -55,41 +48,30 @@ impl Plan {
     ) -> Result<Self, QuantizeError> {
         let weights = &checkpoint.weights;
         let tied = checkpoint.config.tie_word_embeddings;
-        let mut groups: Vec<Vec<Entry>> = Vec::new();
-        let (mut filled, mut packed) = (u64::MAX, false);
+        let mut entries = Vec::new();
         for (name, _) in expected_tensors(&checkpoint.config) {
             // Tied heads are the embeddings; the reference's files have only these.
             let Some(source) = weights.get(&name).filter(|_| !(tied && name.starts_with("lm_head."))) else {
                 continue;
             };
             let format = recipe.format_of(&name);
-            packed |= format.is_some();
             let entry = Entry { name, source: source.clone(), format };
             if format.is_some() && format != Some(Format::Q8) && !source.len().is_multiple_of(2) {
                 return Err(QuantizeError::Shape { name: entry.name, shape: source.shape().to_vec() });
             }
-            let bytes = entry.bytes();
-            if filled.saturating_add(bytes) > max_shard_bytes {
-                groups.push(Vec::new());
-                filled = 0;
-            }
-            filled += bytes;
-            groups.last_mut().expect("the first entry opens a group").push(entry);
+            entries.push(entry);
         }
-        if !packed {
+        if entries.iter().all(|entry| entry.format.is_none()) {
             return Err(QuantizeError::NothingChosen { parts: error::list(&recipe.parts) });
         }
+        let groups = split(entries, max_shard_bytes, Entry::bytes);
         let count = groups.len();
         let shard = |(index, mut entries): (usize, Vec<Entry>)| {
             // Packed weights first, as they keep their alignment; then by falling element size, which keeps it.
             entries.sort_by_key(|entry| {
                 (entry.format.is_none(), std::cmp::Reverse(entry.source.dtype().size()))
             });
-            let name = match count {
-                1 => "model.safetensors".to_owned(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
-            };
-            Shard { name, entries }
+            Shard { name: shard_name(index, count), entries }
         };
         Ok(Self { shards: groups.into_iter().enumerate().map(shard).collect() })
     }
@@ -101,15 +83,7 @@ impl Plan {
 
     /// The file of each tensor, and the bytes of all tensors.
     pub(super) fn index(&self) -> Value {
-        let mut weight_map = BTreeMap::new();
-        let mut total = 0;
-        for shard in &self.shards {
-            for piece in shard.pieces() {
-                total += piece.bytes;
-                weight_map.insert(piece.name, shard.name.clone());
-            }
-        }
-        json!({"metadata": {"total_size": total}, "weight_map": weight_map})
+        write::index(self.shards.iter().map(|shard| (shard.name.as_str(), shard.pieces().collect())))
     }
 }
 
@@ -125,19 +99,7 @@ impl Shard {
 
     /// Length and text of the header, padded so that the data after it is aligned.
     pub(super) fn header(&self) -> Vec<u8> {
-        let mut tensors = Map::new();
-        tensors.insert("__metadata__".to_owned(), json!({"format": "pt"}));
-        let mut start = 0;
-        for Piece { name, dtype, shape, bytes } in self.pieces() {
-            let end = start + bytes;
-            tensors.insert(name, json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]}));
-            start = end;
-        }
-        let mut text = Value::Object(tensors).to_string().into_bytes();
-        text.resize((text.len() + 8).next_multiple_of(ALIGN as usize) - 8, b' ');
-        let mut header = (text.len() as u64).to_le_bytes().to_vec();
-        header.append(&mut text);
-        header
+        file_header(self.pieces())
     }
 
     /// Bytes of the file.

@@ -10,12 +10,11 @@ use std::{
 use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    QuantizeError, Recipe,
-    error::io_error,
-    files::{partial_path, write_json},
+use super::{QuantizeError, Recipe};
+use crate::checkpoint::{
+    Checkpoint,
+    write::{io_error, partial_path, write_json},
 };
-use crate::checkpoint::Checkpoint;
 
 /// Lies in the output directory until everything is done.
 const STATE_FILE: &str = ".idefics-quantize.json";
@@ -68,7 +67,7 @@ impl State {
                     Some(_) => Err(QuantizeError::NotEmpty { path: directory.to_owned() }),
                 };
             }
-            Err(error) => return Err(io_error("read", &path)(error)),
+            Err(error) => return Err(io_error("read", &path)(error).into()),
         };
         let other = |what| QuantizeError::OtherOutput { path: directory.to_owned(), what };
         let earlier: Self = serde_json::from_str(&text).map_err(|_| other("program"))?;
@@ -110,13 +109,13 @@ impl State {
     /// Writes the state.
     pub(super) fn save(&self, directory: &Path) -> Result<(), QuantizeError> {
         let value = serde_json::to_value(self).expect("the state is made of texts and numbers");
-        write_json(&directory.join(STATE_FILE), &value)
+        Ok(write_json(&directory.join(STATE_FILE), &value)?)
     }
 
     /// Forgets everything: the output is done.
     pub(super) fn remove(directory: &Path) -> Result<(), QuantizeError> {
         let path = directory.join(STATE_FILE);
-        fs::remove_file(&path).map_err(io_error("remove", &path))
+        Ok(fs::remove_file(&path).map_err(io_error("remove", &path))?)
     }
 }
 

@@ -10,7 +10,7 @@ use idefics_testing::fixture;
 use tempfile::TempDir;
 
 use super::{state::state_path, *};
-use crate::checkpoint::{Checkpoint, DType, PackedWeight, Weight};
+use crate::checkpoint::{Checkpoint, DType, PackedWeight, Weight, WriteError, write::check_space};
 
 const FORMATS: [Format; 3] = [Format::Nf4, Format::Nf4DoubleQuant, Format::Q8];
 
@@ -256,10 +256,10 @@ fn what_cannot_be_quantized_is_named() {
 fn a_full_disk_is_seen_before_anything_is_written() {
     // No disk has room for this many bytes of headroom: the check is on the number that the plan gives.
     let out = tempfile::tempdir().unwrap();
-    let error = write::check_space(out.path(), u64::MAX).expect_err("no disk is that large");
-    let QuantizeError::NoSpace { needed, available, .. } = error else { panic!("{error}") };
+    let error = check_space(out.path(), u64::MAX).expect_err("no disk is that large");
+    let WriteError::NoSpace { needed, available, .. } = error else { panic!("{error}") };
     assert!(needed == u64::MAX && available > 0);
-    write::check_space(out.path(), 1).unwrap();
+    check_space(out.path(), 1).unwrap();
 }
 
 #[test]

@@ -9,18 +9,15 @@ use std::{
 
 use super::{
     QuantizeError, Recipe,
-    error::io_error,
-    files::{available_bytes, write_side_files, write_whole},
+    files::write_side_files,
     plan::{Plan, Shard, main_dtype},
     state::State,
     verify::verify,
 };
-use crate::checkpoint::{Checkpoint, INDEX_FILE};
-
-/// Bytes of a file from which the next tensor goes to another one, as transformers splits models.
-const MAX_SHARD_BYTES: u64 = 5_000_000_000;
-/// Room for configuration and tokenizer.
-const SIDE_FILES_BYTES: u64 = 16 << 20;
+use crate::checkpoint::{
+    Checkpoint, INDEX_FILE, check_not_same,
+    write::{MAX_SHARD_BYTES, SIDE_FILES_BYTES, check_space, io_error, write_json, write_whole},
+};
 
 /// A model that is to be written quantized.
 ///
@@ -87,10 +84,7 @@ impl Quantizer {
     /// `progress` is called with the bytes done since the last call.
     pub fn write(&self, out: &Path, progress: &mut dyn FnMut(u64)) -> Result<Summary, QuantizeError> {
         fs::create_dir_all(out).map_err(io_error("create", out))?;
-        let canonical = |path: &Path| path.canonicalize().map_err(io_error("read", path));
-        if canonical(out)? == canonical(&self.checkpoint.directory)? {
-            return Err(QuantizeError::SameDirectory { path: out.to_owned() });
-        }
+        check_not_same(&self.checkpoint.directory, out)?;
         let mut state = State::new(&self.checkpoint, &self.recipe, self.max_shard_bytes)?.resume(out)?;
         let mut remaining = Vec::new();
         for shard in &self.plan.shards {
@@ -115,7 +109,7 @@ impl Quantizer {
             state.save(out)?;
         }
         if self.plan.shards.len() > 1 {
-            super::files::write_json(&out.join(INDEX_FILE), &self.plan.index())?;
+            write_json(&out.join(INDEX_FILE), &self.plan.index())?;
         }
         write_side_files(&self.checkpoint.directory, out, &self.recipe, main_dtype(&self.checkpoint))?;
         State::remove(out)?;
@@ -142,16 +136,6 @@ impl Quantizer {
     /// Compares the only file of an output with the model.
     pub(super) fn verify_file(&self, path: &Path) -> Result<(), QuantizeError> {
         verify(path, &self.plan.shards[0], &mut |_| ())
-    }
-}
-
-/// An output that does not fit is not begun.
-pub(super) fn check_space(out: &Path, needed: u64) -> Result<(), QuantizeError> {
-    match available_bytes(out) {
-        Some(available) if available < needed => {
-            Err(QuantizeError::NoSpace { path: out.to_owned(), needed, available })
-        }
-        _ => Ok(()),
     }
 }
 

@@ -22,6 +22,7 @@ use idefics::{
 };
 
 use self::{
+    answer::Talker,
     command::{Command, DroppedFiles},
     graphics::Graphics,
     input::LineSource,
@@ -84,7 +85,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let settings = Settings::new(generation(args, &loaded, form)?);
     cancel::on_interrupt()?;
     let view = View::new(is_terminal, args.pictures);
-    let mut session = Session::new(&loaded, form, settings, view);
+    let (talker, reader) = Talker::start(loaded)?;
+    let mut session = Session::new(talker, reader, form, settings, view);
     session.set_system(args.system.clone());
     if let Some(path) = &args.load {
         session.load(path)?;
@@ -118,7 +120,7 @@ fn generation(args: &Args, loaded: &Loaded, form: Form) -> anyhow::Result<Genera
 
 /// Line after line, until the end or `/quit`. At a terminal a mistake is told and the conversation goes on; so it
 /// does in a pipe, but then the end is a failure.
-fn converse(mut session: Session<'_>, mut source: LineSource, dropped: DroppedFiles) -> anyhow::Result<()> {
+fn converse(mut session: Session, mut source: LineSource, dropped: DroppedFiles) -> anyhow::Result<()> {
     let is_terminal = matches!(source, LineSource::Terminal(_));
     let mut failures = 0;
     loop {

@@ -6,10 +6,15 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use idefics::{Prompt, SequenceInputs, dialogue::Form, generate::StepModel, processor::ImageSource};
+use idefics::{
+    Processor, Prompt, SequenceInputs,
+    dialogue::Form,
+    generate::FinishReason,
+    processor::{ImageSource, ProcessOptions},
+};
 
 use super::{
-    answer::answer,
+    answer::Talker,
     command::{Command, HELP, Item, Line, SaveOptions, SettingsChange},
     conversation::{Conversation, Exchange, Part},
     picture::Picture,
@@ -18,10 +23,17 @@ use super::{
     view::{View, tell},
     words::as_path,
 };
-use crate::{model::Loaded, prompts::image_source};
+use crate::prompts::image_source;
 
-pub(super) struct Session<'a> {
-    loaded: &'a Loaded,
+/// Prompts to the model's inputs.
+pub(super) struct Reader {
+    pub(super) processor: Processor,
+    pub(super) options: ProcessOptions,
+}
+
+pub(super) struct Session {
+    talker: Talker,
+    reader: Reader,
     form: Form,
     settings: Settings,
     view: View,
@@ -32,10 +44,23 @@ pub(super) struct Session<'a> {
     own_files: Vec<PathBuf>,
 }
 
-impl<'a> Session<'a> {
-    pub(super) fn new(loaded: &'a Loaded, form: Form, settings: Settings, view: View) -> Self {
+impl Reader {
+    pub(super) fn process(&self, prompt: Prompt) -> anyhow::Result<SequenceInputs> {
+        let inputs = self.processor.process(&[prompt], &self.options)?;
+        inputs.into_iter().next().context("a prompt has inputs")
+    }
+
+    /// Tokens of a prompt, without reading its pictures.
+    fn count_tokens(&self, prompt: &Prompt) -> anyhow::Result<usize> {
+        let text = self.processor.prompt_text(prompt, &self.options)?;
+        Ok(self.processor.tokenize(&text)?.len())
+    }
+}
+
+impl Session {
+    pub(super) fn new(talker: Talker, reader: Reader, form: Form, settings: Settings, view: View) -> Self {
         let (conversation, pending, own_files) = (Conversation::default(), Vec::new(), Vec::new());
-        Self { loaded, form, settings, view, conversation, pending, own_files }
+        Self { talker, reader, form, settings, view, conversation, pending, own_files }
     }
 
     pub(super) fn view(&self) -> &View {
@@ -114,7 +139,7 @@ impl<'a> Session<'a> {
     }
 
     fn open(&self, source: ImageSource) -> anyhow::Result<Picture> {
-        Picture::open(source, self.loaded.processor.image_processor(), &self.loaded.options)
+        Picture::open(source, self.reader.processor.image_processor(), &self.reader.options)
     }
 
     /// A message: pictures that wait come first, then its own words and pictures in their order.
@@ -183,7 +208,7 @@ impl<'a> Session<'a> {
             ));
         }
         let spinner = self.view.reading(inputs.token_ids.len(), inputs.images.len());
-        let answer = answer(self.loaded, &inputs, &self.settings.config, |text| {
+        let answer = self.talker.answer(inputs, &self.settings.config, |text| {
             if !text.is_empty() {
                 spinner.finish_and_clear();
                 self.view.text(text)?;
@@ -193,49 +218,34 @@ impl<'a> Session<'a> {
         spinner.finish_and_clear();
         let answer = answer?;
         self.view.text("\n")?;
-        self.view.summary(&answer, self.positions());
-        if answer.text.is_empty() && answer.finish_reason.as_str() == "cancelled" {
+        self.view.summary(&answer, self.talker.positions());
+        let is_cancelled = matches!(answer.finish_reason, None | Some(FinishReason::Cancelled));
+        if answer.text.is_empty() && is_cancelled {
             bail!("stopped before the answer began; the message is not part of the conversation");
         }
         Ok(answer.text)
     }
 
-    fn positions(&self) -> usize {
-        self.loaded.model.max_positions()
-    }
-
     /// The model's inputs, without as many exchanges from the beginning as do not fit.
     fn inputs(&self, question: &[Part]) -> anyhow::Result<(SequenceInputs, usize)> {
-        let positions = self.positions();
+        let positions = self.talker.positions();
         // A quarter of the positions is kept for the answer, or what an answer takes at most.
         let reserve = self.settings.config.max_new_tokens.unwrap_or(positions).min(positions / 4).max(1);
         let mut forgotten = 0;
         loop {
             let prompt = self.conversation.prompt(self.form, forgotten, question);
-            let tokens = self.count_tokens(&prompt)?;
+            let tokens = self.reader.count_tokens(&prompt)?;
             if tokens + reserve <= positions {
-                return Ok((self.process(prompt)?, forgotten));
+                return Ok((self.reader.process(prompt)?, forgotten));
             }
             if forgotten == self.conversation.exchanges.len() {
                 if tokens < positions {
-                    return Ok((self.process(prompt)?, forgotten));
+                    return Ok((self.reader.process(prompt)?, forgotten));
                 }
                 bail!("the message is too long: it has {tokens} tokens, and the model reads {positions}");
             }
             forgotten += 1;
         }
-    }
-
-    /// Tokens of a prompt, without reading its pictures.
-    fn count_tokens(&self, prompt: &Prompt) -> anyhow::Result<usize> {
-        let processor = &self.loaded.processor;
-        let text = processor.prompt_text(prompt, &self.loaded.options)?;
-        Ok(processor.tokenize(&text)?.len())
-    }
-
-    fn process(&self, prompt: Prompt) -> anyhow::Result<SequenceInputs> {
-        let inputs = self.loaded.processor.process(&[prompt], &self.loaded.options)?;
-        inputs.into_iter().next().context("a prompt has inputs")
     }
 
     fn show(&self) -> anyhow::Result<()> {
@@ -263,7 +273,7 @@ impl<'a> Session<'a> {
             bail!("/save: nothing was said yet");
         }
         let pictures = if how.embed { PicturesAs::Data } else { PicturesAs::Reference };
-        transcript::save(&self.conversation, path, pictures, &self.loaded.options)?;
+        transcript::save(&self.conversation, path, pictures, &self.reader.options)?;
         tell(&format!(
             "saved: {} exchanges and {} pictures in {}",
             self.conversation.exchanges.len(),

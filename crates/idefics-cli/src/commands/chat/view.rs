@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use idefics::generate::FinishReason;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
@@ -93,18 +94,22 @@ impl View {
     /// What an answer took, at a terminal.
     pub(super) fn summary(&self, answer: &Answer, positions: usize) {
         let rate = |tokens: usize, seconds: f64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
-        let end = match answer.finish_reason.as_str() {
-            "stop" => String::new(),
-            "length" => " · cut off at the longest length".to_owned(),
-            "cancelled" => " · stopped".to_owned(),
-            other => format!(" · ended by {other}"),
+        let end = match answer.finish_reason {
+            Some(FinishReason::EndToken(_) | FinishReason::StopString(_)) => "",
+            Some(FinishReason::Length) => " · cut off at the longest length",
+            Some(FinishReason::Time) => " · cut off at the longest time",
+            Some(FinishReason::Cancelled) | None => " · stopped",
+        };
+        let (prefill, decode) = answer.seconds;
+        let cached = match answer.cached_tokens {
+            0 => String::new(),
+            cached => format!(" · {cached} of {} tokens known", answer.prompt_tokens),
         };
         self.note(&format!(
-            "{} tokens, {:.1}/s after {:.1} s{end} · {} of {positions} positions used",
+            "{} tokens, {:.1}/s after {prefill:.1} s{end}{cached} · {} of {positions} positions used",
             answer.tokens,
             // The first token belongs to the prompt's time.
-            rate(answer.tokens.saturating_sub(1), answer.seconds.decode),
-            answer.seconds.prefill,
+            rate(answer.tokens.saturating_sub(1), decode),
             answer.prompt_tokens + answer.tokens,
         ));
     }
