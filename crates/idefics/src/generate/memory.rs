@@ -37,11 +37,11 @@ impl Memory {
         }
     }
 
-    /// Half of the memory that is free beside the weights of `model`.
+    /// Three quarters of the memory that is free beside the weights of `model`.
     pub fn available(model: &impl StepModel) -> Self {
         let free = available_bytes().unwrap_or(UNKNOWN);
         // Weights in a file are counted as free until they are read, and want to stay in memory then.
-        Self::of((free.saturating_sub(model.weight_bytes()) / 2).max(free / 8).max(LEAST))
+        Self::of((free.saturating_sub(model.weight_bytes()) / 4 * 3).max(free / 4).max(LEAST))
     }
 }
 

@@ -12,6 +12,7 @@
 //! - **Its next token**: the next step, unless memory has run out and it came last.
 //! - **Its cancellation**: the present picture or step.
 
+mod list;
 mod worker;
 
 use std::{
@@ -29,6 +30,8 @@ use super::{
     request::width, stats::Counters,
 };
 use crate::SequenceInputs;
+
+pub use list::AnswerError;
 
 /// Answers requests until it is shut down or dropped, which ends what runs.
 pub struct Engine<M> {

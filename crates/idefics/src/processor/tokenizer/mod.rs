@@ -117,6 +117,12 @@ impl Tokenizer {
         self.inner.decode(ids, skip).map_err(|e| TokenizerError::Decode(e.to_string()))
     }
 
+    /// Whether a text without special tokens leaves this one out.
+    pub fn is_special_id(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        added.simple_id_to_token(id).is_some_and(|token| added.is_special_token(&token))
+    }
+
     /// The token as the decoder sees it, or nothing if it has no text.
     fn visible_token(&self, id: u32, special: SpecialTokenText) -> Option<String> {
         let added = self.inner.get_added_vocabulary();
