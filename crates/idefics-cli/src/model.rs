@@ -1,11 +1,12 @@
 //! Flags that every model command shares: which model, how it computes, how prompts become its inputs.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use idefics::{
     ComputeType, Idefics, LoadOptions, Processor,
+    generate::{Engine, EngineOptions, Scheduler},
     processor::{AddEndOfUtterance, ExifOrientation, FetchPolicy, ImageLimits, ProcessOptions},
     quantize::Recipe,
 };
@@ -94,8 +95,8 @@ enum When {
 
 /// A model that is ready.
 pub(crate) struct Loaded {
-    pub(crate) model: Idefics,
-    pub(crate) processor: Processor,
+    pub(crate) model: Arc<Idefics>,
+    pub(crate) processor: Arc<Processor>,
     pub(crate) options: ProcessOptions,
 }
 
@@ -107,6 +108,16 @@ pub(crate) fn start_threads(threads: Option<usize>) -> anyhow::Result<()> {
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build_global().context("cannot start the threads")
+}
+
+impl Loaded {
+    /// What answers prompts, the same as behind a server. Pictures and beginnings of prompts that come again are
+    /// not read again.
+    pub(crate) fn engine(&self) -> anyhow::Result<Engine<Idefics>> {
+        let options = EngineOptions { scheduler: Scheduler::default(), ..EngineOptions::default() };
+        let (model, decoder) = (Arc::clone(&self.model), Arc::clone(&self.processor));
+        Engine::start(model, decoder, options).context("cannot start a thread")
+    }
 }
 
 impl From<Dtype> for ComputeType {
@@ -132,7 +143,7 @@ impl ModelArgs {
         let options = LoadOptions { compute: self.dtype.into(), quantize, ..LoadOptions::default() };
         let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
         model.check_processor(&processor).with_context(in_directory)?;
-        Ok(Loaded { model, processor, options: self.process_options() })
+        Ok(Loaded { model: Arc::new(model), processor: Arc::new(processor), options: self.process_options() })
     }
 
     fn process_options(&self) -> ProcessOptions {
