@@ -73,7 +73,6 @@ impl<M: StepModel + Send + Sync + 'static> Engine<M> {
                 Ok((request, EngineEvent::Token(event))) => {
                     is_cancelled |= on_event(&Event { request, ..event }).is_break();
                 }
-                Ok((_, EngineEvent::Started)) => {}
                 Ok((request, EngineEvent::Finished(generated))) => {
                     done[request] = Some(Ok(generated));
                     open -= 1;
@@ -83,7 +82,7 @@ impl<M: StepModel + Send + Sync + 'static> Engine<M> {
                     open -= 1;
                 }
                 Err(RecvTimeoutError::Timeout) if self.shared.inbox().state == State::Stopped => break,
-                Err(_) => {}
+                Ok((_, EngineEvent::Started)) | Err(_) => {}
             }
         }
         done.into_iter().map(|done| done.unwrap_or(Err(Rejected::ShuttingDown.into()))).collect()
