@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 use idefics::{
     ComputeType, Idefics, LoadOptions, Processor,
+    adapter::AdapterSource,
     generate::{Engine, EngineOptions, Scheduler},
     processor::{AddEndOfUtterance, ExifOrientation, FetchPolicy, ImageLimits, ProcessOptions},
     quantize::Recipe,
@@ -28,6 +29,11 @@ pub(crate) struct ModelArgs {
     /// Pack the weights of the text model and the gated blocks in memory while loading
     #[arg(long, value_enum, value_name = "FORMAT")]
     quantize: Option<FormatName>,
+
+    /// Use a LoRA adapter, as PEFT or `idefics train` writes it, beside the weights, times WEIGHT [default: 1]; can be
+    /// given several times
+    #[arg(long, value_name = "DIR[=WEIGHT]", value_parser = adapter_source)]
+    adapter: Vec<AdapterSource>,
 
     /// Threads to compute with [default: all processors]
     #[arg(long, value_name = "N")]
@@ -96,7 +102,7 @@ enum When {
 /// A model that is ready.
 pub(crate) struct Loaded {
     pub(crate) model: Arc<Idefics>,
-    pub(crate) processor: Arc<Processor>,
+    pub(crate) processor: Processor,
     pub(crate) options: ProcessOptions,
 }
 
@@ -115,8 +121,24 @@ impl Loaded {
     /// not read again.
     pub(crate) fn engine(&self) -> anyhow::Result<Engine<Idefics>> {
         let options = EngineOptions { scheduler: Scheduler::default(), ..EngineOptions::default() };
-        let (model, decoder) = (Arc::clone(&self.model), Arc::clone(&self.processor));
+        let (model, decoder) = (Arc::clone(&self.model), Arc::new(self.processor.clone()));
         Engine::start(model, decoder, options).context("cannot start a thread")
+    }
+}
+
+/// Reads `DIR` or `DIR=WEIGHT`. A directory whose own name looks like the latter is found all the same.
+pub(crate) fn adapter_source(word: &str) -> Result<AdapterSource, String> {
+    let whole = |weight| AdapterSource { directory: PathBuf::from(word), weight };
+    if std::path::Path::new(word).is_dir() {
+        return Ok(whole(1.0));
+    }
+    match word.rsplit_once('=') {
+        None => Ok(whole(1.0)),
+        Some((directory, number)) => {
+            let weight: f32 =
+                number.parse().map_err(|_| format!("expected a number behind `=`, got `{number}`"))?;
+            Ok(AdapterSource { directory: PathBuf::from(directory), weight })
+        }
     }
 }
 
@@ -131,6 +153,16 @@ impl From<Dtype> for ComputeType {
 }
 
 impl ModelArgs {
+    /// What the command line calls the model.
+    pub(crate) fn name(&self) -> &str {
+        &self.model
+    }
+
+    /// The format that weights are packed in while loading, if any.
+    pub(crate) fn packed_as(&self) -> Option<&'static str> {
+        self.quantize.map(FormatName::as_str)
+    }
+
     /// Finds, downloads and opens the model.
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
         start_threads(self.threads)?;
@@ -140,13 +172,18 @@ impl ModelArgs {
         // The processor is small and most often what is missing, so it goes first.
         let processor = Processor::from_pretrained(&directory).with_context(in_directory)?;
         let quantize = self.quantize.map(|format| Recipe::new(format.plain()));
-        let options = LoadOptions { compute: self.dtype.into(), quantize, ..LoadOptions::default() };
+        let options = LoadOptions {
+            compute: self.dtype.into(),
+            quantize,
+            adapters: self.adapter.clone(),
+            ..LoadOptions::default()
+        };
         let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
         model.check_processor(&processor).with_context(in_directory)?;
-        Ok(Loaded { model: Arc::new(model), processor: Arc::new(processor), options: self.process_options() })
+        Ok(Loaded { model: Arc::new(model), processor, options: self.process_options() })
     }
 
-    fn process_options(&self) -> ProcessOptions {
+    pub(crate) fn process_options(&self) -> ProcessOptions {
         let images = &self.images;
         ProcessOptions {
             add_end_of_utterance: match self.add_end_of_utterance {

@@ -1,7 +1,7 @@
 //! Answers to one task about many pictures.
 
 use anyhow::Context;
-use idefics::{SequenceInputs, generate::Request};
+use idefics::{SequenceInputs, dialogue::Form, generate::Request};
 
 use crate::{
     cancel,
@@ -9,7 +9,7 @@ use crate::{
     model::Loaded,
     options::GenerationArgs,
     prompts::image_source,
-    templates::{Form, Task},
+    templates::Task,
 };
 
 /// The text of an answer and why it ended.

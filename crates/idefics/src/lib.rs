@@ -4,9 +4,11 @@
 //! token; [`model`] reads pictures once and tokens step by step; [`generate`] decides which token comes next.
 //! [`checkpoint`] is the only module that opens model files, [`ops`] the only one that touches the tensor library.
 
+pub mod adapter;
 pub mod bench;
 pub mod checkpoint;
 pub mod config;
+pub mod dialogue;
 pub mod generate;
 pub mod model;
 pub mod ops;

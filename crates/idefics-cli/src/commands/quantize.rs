@@ -84,6 +84,14 @@ enum PartName {
 }
 
 impl FormatName {
+    /// The name.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Nf4 => "nf4",
+            Self::Q8 => "q8",
+        }
+    }
+
     /// The format with plain scales.
     pub(crate) fn plain(self) -> Format {
         match self {
@@ -104,7 +112,8 @@ impl From<PartName> for Part {
     }
 }
 
-fn positive(word: &str) -> Result<f64, String> {
+/// A number above 0.
+pub(crate) fn positive(word: &str) -> Result<f64, String> {
     let number: f64 = word.parse().map_err(|_| "expected a number".to_owned())?;
     if number > 0.0 && number.is_finite() { Ok(number) } else { Err("expected a number above 0".to_owned()) }
 }

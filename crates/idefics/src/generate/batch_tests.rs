@@ -381,6 +381,7 @@ fn random_clients_that_come_and_go_get_what_they_get_alone() {
         let scheduler = Scheduler {
             max_step_tokens: rng.random_range(1..40),
             prompt_tokens_beside_answers: rng.random_range(1..20),
+            max_step_images: rng.random_range(1..4),
             max_sequences: rng.random_range(3..20),
         };
         let memory = Memory { answer_share: rng.random(), ..Memory::of(rng.random_range(150..600)) };

@@ -32,7 +32,7 @@ impl Decode for Tokenizer {
 
     fn is_special(&self, token_id: u32) -> bool {
         // Asked for every token of every prompt; decoding each would cost more than the sampling.
-        self.is_special_id(token_id)
+        self.is_special_token(token_id)
     }
 }
 
@@ -42,7 +42,7 @@ impl Decode for Processor {
     }
 
     fn is_special(&self, token_id: u32) -> bool {
-        self.tokenizer().is_special_id(token_id)
+        self.tokenizer().is_special_token(token_id)
     }
 }
 

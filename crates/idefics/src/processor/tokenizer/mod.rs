@@ -33,6 +33,16 @@ pub enum SpecialTokenText {
     Keep,
 }
 
+/// One more than the largest id of the tokenizer in a directory, which may belong to any model: nothing is expected
+/// of its tokens.
+pub fn id_bound_of(dir: &Path) -> Result<u32, TokenizerError> {
+    Ok(id_bound(&files::load(dir)?.tokenizer))
+}
+
+fn id_bound(tokenizer: &tokenizers::Tokenizer) -> u32 {
+    tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1))
+}
+
 /// Text to token ids and back.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -63,7 +73,7 @@ impl Tokenizer {
             image: need(IMAGE_TOKEN)?,
             end_of_utterance: find(END_OF_UTTERANCE),
         };
-        let id_bound = inner.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1));
+        let id_bound = id_bound(&inner);
         Ok(Self { inner, legacy_llama, special_tokens, id_bound })
     }
 
@@ -117,8 +127,27 @@ impl Tokenizer {
         self.inner.decode(ids, skip).map_err(|e| TokenizerError::Decode(e.to_string()))
     }
 
-    /// Whether a text without special tokens leaves this one out.
-    pub fn is_special_id(&self, id: u32) -> bool {
+    /// The ids of a text and where each stands in it, in characters. A token that stands for nothing of the text,
+    /// such as the `▁` in front, stands at an empty place.
+    pub fn encode_with_places(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>, TokenizerError> {
+        let encoding =
+            self.inner.encode_char_offsets(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let places = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+        Ok(encoding.get_ids().iter().copied().zip(places).collect())
+    }
+
+    /// What a token stands for in the midst of a text: its spaces are spaces, and a byte token is its byte, which
+    /// may be a part of a character. Special tokens are spelled; ids beyond the vocabulary stand for nothing.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.visible_token(id, SpecialTokenText::Keep) else { return Vec::new() };
+        if !self.legacy_llama {
+            return token.into_bytes();
+        }
+        detokenize::byte_of(&token).map_or_else(|| token.replace('▁', " ").into_bytes(), |byte| vec![byte])
+    }
+
+    /// Whether a token is a special one.
+    pub fn is_special_token(&self, id: u32) -> bool {
         let added = self.inner.get_added_vocabulary();
         added.simple_id_to_token(id).is_some_and(|token| added.is_special_token(&token))
     }
