@@ -97,7 +97,7 @@ fn score_labels(loaded: &Loaded, form: Form, labels: &[String], image: &str) -> 
     let prompt = Task::Classify { labels }.prompt(form, image_source(image));
     let texts: Vec<String> = labels.iter().map(|label| format!(" {label}")).collect();
     let joined = continuations(&loaded.processor, &loaded.options, &prompt, &texts)?;
-    Ok(score_continuations(&loaded.model, &joined.inputs, &joined.token_ids, &ScoreOptions::default())?)
+    Ok(score_continuations(&*loaded.model, &joined.inputs, &joined.token_ids, &ScoreOptions::default())?)
 }
 
 /// The labels, most likely first, with a softmax of their scores.

@@ -174,8 +174,7 @@ fn load(model: &ModelArgs, names: &[String], options: EngineOptions) -> anyhow::
         dtype: model.packed_as().map_or_else(|| stored_as(loaded.model.config()), str::to_owned),
     };
     let decoder = Arc::new(loaded.processor.clone());
-    let engine =
-        Engine::start(Arc::new(loaded.model), decoder, options).context("cannot start the engine")?;
+    let engine = Engine::start(loaded.model, decoder, options).context("cannot start the engine")?;
     Ok(Loaded { backend: Arc::new(engine), processor: loaded.processor, generation, card })
 }
 

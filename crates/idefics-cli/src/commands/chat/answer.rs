@@ -49,8 +49,8 @@ impl Talker {
     pub(super) fn start(loaded: Loaded) -> anyhow::Result<(Self, super::session::Reader)> {
         let Loaded { model, processor, options } = loaded;
         let decoder = Arc::new(processor.clone());
-        let engine = Engine::start(Arc::new(model), decoder, EngineOptions::default())
-            .context("cannot start the engine")?;
+        let engine =
+            Engine::start(model, decoder, EngineOptions::default()).context("cannot start the engine")?;
         Ok((Self { engine }, super::session::Reader { processor, options }))
     }
 
