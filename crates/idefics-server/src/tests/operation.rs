@@ -180,14 +180,14 @@ async fn metrics_count_what_happened() {
     let metrics = server.get("/metrics").await;
     assert!(metrics.headers["content-type"].to_str().unwrap().starts_with("application/openmetrics-text"));
     for line in [
-        "idefics_ready 1",
+        "idefics_ready 1.0",
         "idefics_requests_total{method=\"POST\",route=\"/generate\",status=\"200\"} 2",
         "idefics_requests_total{method=\"GET\",route=\"other\",status=\"404\"} 1",
         "idefics_generated_tokens_total 10",
         "idefics_time_to_first_token_seconds_count 2",
         "idefics_inter_token_seconds_count 8",
         "idefics_answer_seconds_count 2",
-        "idefics_engine_finished_total 2",
+        "idefics_engine_finished_total 2.0",
         "idefics_answers_cancelled_total 0",
     ] {
         assert!(metrics.body.lines().any(|it| it == line), "{line} in\n{}", metrics.body);
