@@ -17,10 +17,19 @@ const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
 /// Path, type and content.
-const FILES: [(&str, &str, &str); 6] = [
+const FILES: [(&str, &str, &str); 15] = [
     ("/", HTML, include_str!("../static/index.html")),
     ("/chat.css", CSS, include_str!("../static/chat.css")),
     ("/chat.js", SCRIPT, include_str!("../static/chat.js")),
+    ("/chat/api.js", SCRIPT, include_str!("../static/chat/api.js")),
+    ("/chat/composer.js", SCRIPT, include_str!("../static/chat/composer.js")),
+    ("/chat/elements.js", SCRIPT, include_str!("../static/chat/elements.js")),
+    ("/chat/pictures.js", SCRIPT, include_str!("../static/chat/pictures.js")),
+    ("/chat/settings.js", SCRIPT, include_str!("../static/chat/settings.js")),
+    ("/chat/sidebar.js", SCRIPT, include_str!("../static/chat/sidebar.js")),
+    ("/chat/store.js", SCRIPT, include_str!("../static/chat/store.js")),
+    ("/chat/thread.js", SCRIPT, include_str!("../static/chat/thread.js")),
+    ("/chat/transcript.js", SCRIPT, include_str!("../static/chat/transcript.js")),
     ("/docs", HTML, include_str!("../static/docs.html")),
     ("/docs.css", CSS, include_str!("../static/docs.css")),
     ("/docs.js", SCRIPT, include_str!("../static/docs.js")),

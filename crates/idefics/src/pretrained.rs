@@ -3,6 +3,7 @@
 use std::{path::Path, sync::Arc};
 
 use crate::{
+    adapter::{Adapted, AdapterError, AdapterSource, Adapters},
     checkpoint::{Checkpoint, CheckpointError, DType, GenerationConfigFile, Weights},
     config::IdeficsConfig,
     generate::{Row, StepModel},
@@ -36,6 +37,8 @@ pub struct LoadOptions {
     pub isa: Option<Isa>,
     /// Packs the weights in memory while the model is loaded, if asked to.
     pub quantize: Option<Recipe>,
+    /// Adapters to use beside the weights.
+    pub adapters: Vec<AdapterSource>,
 }
 
 /// Why a model could not be opened.
@@ -47,6 +50,9 @@ pub enum LoadError {
     /// The weights cannot be quantized.
     #[error(transparent)]
     Quantize(#[from] QuantizeError),
+    /// An adapter is missing, broken or made for another model.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// The weights do not make the model that the configuration describes.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -87,8 +93,9 @@ impl Idefics {
             quantize_weights(&mut checkpoint.weights, recipe)?;
         }
         let ctx = Context { isa: options.isa.unwrap_or_else(Isa::best), compute };
-        let model =
-            Model::new(checkpoint.config, &checkpoint.weights, ctx)?.with_other_sizes(options.other_sizes);
+        let adapters = Adapters::open(&options.adapters, &checkpoint.config)?;
+        let weights = Adapted { weights: &checkpoint.weights, adapters: &adapters };
+        let model = Model::new(checkpoint.config, &weights, ctx)?.with_other_sizes(options.other_sizes);
         Ok(Self { model, generation_config: checkpoint.generation_config })
     }
 
