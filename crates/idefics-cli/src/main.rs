@@ -16,6 +16,10 @@ mod templates;
 
 use clap::{Parser, Subcommand};
 
+/// Every operation allocates its result; the system allocator would ask for its pages each time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Run, score and inspect IDEFICS-1 models: interleaved images and text in, text out.
 #[derive(Parser)]
 #[command(name = "idefics", version, max_term_width = 110)]

@@ -61,6 +61,11 @@ impl fmt::Display for DType {
 pub(super) trait Storage: AsRef<[u8]> + Send + Sync {
     /// Lets the system take back the memory of some bytes, where it can bring them back.
     fn release(&self, _range: Range<usize>) {}
+
+    /// The bytes for writing, where they are not those of a file.
+    fn bytes_mut(&mut self) -> Option<&mut [u8]> {
+        None
+    }
 }
 
 /// Who owns the bytes of a weight.
@@ -221,6 +226,28 @@ impl Weight {
         (self.dtype == DType::F16).then(|| bytemuck::cast_slice(self.bytes()))
     }
 
+    /// The elements for writing, if they are `f32` in memory of this weight's own: not mapped from a file, and
+    /// with no clone that could see the change.
+    pub fn as_f32_mut(&mut self) -> Option<&mut [f32]> {
+        if self.dtype != DType::F32 {
+            return None;
+        }
+        self.bytes_mut().map(bytemuck::cast_slice_mut)
+    }
+
+    /// As [`as_f32_mut`](Self::as_f32_mut) for `bf16`.
+    pub fn as_bf16_mut(&mut self) -> Option<&mut [bf16]> {
+        if self.dtype != DType::Bf16 {
+            return None;
+        }
+        self.bytes_mut().map(bytemuck::cast_slice_mut)
+    }
+
+    fn bytes_mut(&mut self) -> Option<&mut [u8]> {
+        let range = self.range.clone();
+        Arc::get_mut(&mut self.owner)?.bytes_mut().map(|bytes| &mut bytes[range])
+    }
+
     /// A copy of the elements, widened; exact for every type.
     pub fn to_f32_vec(&self) -> Vec<f32> {
         match self.dtype {
@@ -299,7 +326,11 @@ pub(crate) fn num_bytes(shape: &[usize], dtype: DType) -> Option<usize> {
 /// A vector of numbers that owns the bytes of a weight.
 struct Elements<T>(Vec<T>);
 
-impl<T: bytemuck::Pod + Send + Sync> Storage for Elements<T> {}
+impl<T: bytemuck::Pod + Send + Sync> Storage for Elements<T> {
+    fn bytes_mut(&mut self) -> Option<&mut [u8]> {
+        Some(bytemuck::cast_slice_mut(&mut self.0))
+    }
+}
 
 impl<T: bytemuck::Pod> AsRef<[u8]> for Elements<T> {
     fn as_ref(&self) -> &[u8] {
@@ -321,6 +352,21 @@ mod tests {
         assert_eq!(weight.as_bf16(), None);
         assert_eq!(weight.as_f16(), None);
         assert_eq!(&weight.bytes()[4..8], (-2.5f32).to_le_bytes());
+    }
+
+    #[test]
+    fn only_a_sole_owner_writes() {
+        let mut weight = Weight::from_f32(vec![1.0, 2.0], [2]);
+        weight.as_f32_mut().unwrap()[1] = 5.0;
+        assert_eq!(weight.as_f32(), Some(&[1.0, 5.0][..]));
+        assert!(weight.as_bf16_mut().is_none());
+        let clone = weight.clone();
+        assert!(weight.as_f32_mut().is_none());
+        drop(clone);
+        assert!(weight.as_f32_mut().is_some());
+        let mut rows = Weight::from_bf16(vec![bf16::ONE; 4], [2, 2]).rows(1..2);
+        rows.as_bf16_mut().unwrap()[0] = bf16::ZERO;
+        assert_eq!(rows.to_f32_vec(), [0.0, 1.0]);
     }
 
     #[test]

@@ -104,6 +104,13 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The ids of a text as [`encode`](Self::encode) gives them, and which of its bytes each stands for.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), TokenizerError> {
+        let encoding = self.inner.encode(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok((encoding.get_ids().to_vec(), offsets))
+    }
+
     /// The text of the ids. Ids beyond the vocabulary have none.
     pub fn decode(&self, ids: &[u32], special: SpecialTokenText) -> Result<String, TokenizerError> {
         let skip = special == SpecialTokenText::Skip;

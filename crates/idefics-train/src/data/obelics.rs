@@ -1,0 +1,194 @@
+//! OBELICS' parquet files: `images` and `texts`, lists of the same length of which one has a value at each place,
+//! and `metadata`.
+//!
+//! Source: the data card of `HuggingFaceM4/OBELICS`. Pictures there are addresses; training opens local files
+//! alone, so an address means the file of that name under `image_root`: the SHA-256 of the address in hex, as
+//! downloaders of such lists call it, or the last part of its path. Lists of `{bytes, path}`, which Hugging Face's
+//! `datasets` writes for embedded pictures, work without.
+//! Row groups are the blocks of the shuffle: one is decoded at a time and kept.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use idefics::processor::ImageSource;
+use parquet::{
+    file::reader::{FileReader, SerializedFileReader},
+    record::{Field, Row},
+};
+
+use super::{
+    DataError, Source,
+    json::{find_file, in_memory},
+    sample::{Piece, Role, Sample, SampleError, SampleKind},
+    source::at,
+};
+
+/// Parquet files.
+pub(super) struct Obelics {
+    groups: Vec<Group>,
+    files: Vec<ParquetFile>,
+    image_root: Option<PathBuf>,
+    /// Row groups that were read last: one for each thread that reads ahead, about.
+    recent: Mutex<Vec<(usize, Arc<Vec<Row>>)>>,
+}
+
+/// How many row groups are kept.
+const KEPT_GROUPS: usize = 2;
+
+struct ParquetFile {
+    path: PathBuf,
+    reader: Mutex<SerializedFileReader<File>>,
+}
+
+struct Group {
+    file: usize,
+    /// Its number in the file.
+    index: usize,
+    rows: u64,
+    /// Number of its first sample.
+    first: u64,
+}
+
+impl Obelics {
+    pub(super) fn open(paths: &[PathBuf], image_root: Option<&Path>) -> Result<Self, DataError> {
+        let (mut groups, mut files, mut first) = (Vec::new(), Vec::new(), 0);
+        for path in paths {
+            let bad = |reason: String| DataError::Table { path: path.clone(), reason };
+            let file = File::open(path).map_err(DataError::io("read", path))?;
+            let reader = SerializedFileReader::new(file).map_err(|error| bad(error.to_string()))?;
+            let schema = reader.metadata().file_metadata().schema();
+            let has = |name| schema.get_fields().iter().any(|field| field.name() == name);
+            if !(has("images") && has("texts")) {
+                return Err(bad("expected columns `images` and `texts`".to_owned()));
+            }
+            for index in 0..reader.num_row_groups() {
+                let rows = u64::try_from(reader.metadata().row_group(index).num_rows()).unwrap_or(0);
+                groups.push(Group { file: files.len(), index, rows, first });
+                first += rows;
+            }
+            files.push(ParquetFile { path: path.clone(), reader: Mutex::new(reader) });
+        }
+        let image_root = image_root.map(Path::to_owned);
+        Ok(Self { groups, files, image_root, recent: Mutex::default() })
+    }
+
+    /// The row group that holds a sample, and the sample's row in it.
+    fn find(&self, index: u64) -> (usize, usize) {
+        let group = self.groups.partition_point(|group| group.first + group.rows <= index);
+        (group, (index - self.groups[group].first) as usize)
+    }
+
+    fn rows(&self, group: usize) -> Result<Arc<Vec<Row>>, String> {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, rows)) = recent.iter().find(|(kept, _)| *kept == group) {
+            return Ok(Arc::clone(rows));
+        }
+        let Group { file, index, .. } = self.groups[group];
+        let reader = self.files[file].reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let rows: Vec<Row> = reader
+            .get_row_group(index)
+            .and_then(|group| group.get_row_iter(None)?.collect())
+            .map_err(|error| error.to_string())?;
+        let rows = Arc::new(rows);
+        if recent.len() == KEPT_GROUPS {
+            recent.remove(0);
+        }
+        recent.push((group, Arc::clone(&rows)));
+        Ok(rows)
+    }
+
+    fn image(&self, field: &Field) -> Result<Option<ImageSource>, String> {
+        match field {
+            Field::Null => Ok(None),
+            Field::Str(address) => Ok(Some(self.local(address)?)),
+            Field::Bytes(bytes) => Ok(Some(in_memory(bytes.data().to_vec()))),
+            Field::Group(row) => {
+                let field =
+                    |name: &str| row.get_column_iter().find(|(column, _)| *column == name).map(|(_, f)| f);
+                match (field("bytes"), field("path")) {
+                    (Some(Field::Bytes(bytes)), _) => Ok(Some(in_memory(bytes.data().to_vec()))),
+                    (_, Some(Field::Str(path))) => Ok(Some(self.local(path)?)),
+                    _ => Ok(None),
+                }
+            }
+            _ => Err("expected pictures as texts or bytes".to_owned()),
+        }
+    }
+
+    fn local(&self, name: &str) -> Result<ImageSource, String> {
+        let root = self.image_root.as_deref();
+        let Some(root) = root else {
+            return Err(format!("{name}: `image_root` must say where pictures lie"));
+        };
+        if !name.contains("://") {
+            return find_file(name, root);
+        }
+        let hash = sha256_hex(name);
+        let last = name.split(['?', '#']).next().unwrap_or_default().rsplit('/').next().unwrap_or_default();
+        let candidates = [hash, last.to_owned()];
+        candidates
+            .iter()
+            .filter(|name| !name.is_empty())
+            .find_map(|name| find_file(name, root).ok())
+            .ok_or_else(|| format!("no file for {name}"))
+    }
+
+    fn sample(&self, row: &Row) -> Result<Sample, String> {
+        let list = |name: &str| {
+            let field = row.get_column_iter().find(|(column, _)| *column == name).map(|(_, field)| field);
+            match field {
+                Some(Field::ListInternal(list)) => Ok(list.elements()),
+                _ => Err(format!("`{name}` is no list")),
+            }
+        };
+        let (images, texts) = (list("images")?, list("texts")?);
+        if images.len() != texts.len() {
+            return Err(format!("{} images, but {} texts: expected as many", images.len(), texts.len()));
+        }
+        let mut pieces = Vec::new();
+        for (image, text) in images.iter().zip(texts) {
+            if let Some(image) = self.image(image)? {
+                pieces.push(Piece::Image(image));
+            } else if let Field::Str(text) = text {
+                if matches!(pieces.last(), Some(Piece::Text { .. })) {
+                    pieces.push(Piece::Text { text: "\n\n".to_owned(), role: Role::Answer });
+                }
+                pieces.push(Piece::answer(text));
+            }
+        }
+        Ok(Sample { pieces, kind: SampleKind::Document })
+    }
+}
+
+fn sha256_hex(text: &str) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
+    digest.as_ref().iter().fold(String::new(), |hex, byte| format!("{hex}{byte:02x}"))
+}
+
+impl Source for Obelics {
+    fn num_samples(&self) -> u64 {
+        self.groups.iter().map(|group| group.rows).sum()
+    }
+
+    fn blocks(&self) -> Vec<u64> {
+        self.groups.iter().map(|group| group.rows).collect()
+    }
+
+    fn read(&self, index: u64) -> Result<Sample, SampleError> {
+        let (group, row) = self.find(index);
+        let read = || {
+            let rows = self.rows(group)?;
+            self.sample(rows.get(row).ok_or("the row group is shorter than it says")?)
+        };
+        read().map_err(|reason| SampleError { place: self.place(index), reason })
+    }
+
+    fn place(&self, index: u64) -> String {
+        let (group, row) = self.find(index);
+        let group = &self.groups[group];
+        at(&self.files[group.file].path, format_args!("row group {}, row {row}", group.index))
+    }
+}

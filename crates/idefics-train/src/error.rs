@@ -1,0 +1,109 @@
+//! Why a training run cannot start or go on.
+
+use std::path::{Path, PathBuf};
+
+use idefics::{checkpoint::CheckpointError, model::ModelError, processor::ProcessorError};
+
+use crate::{config::ConfigError, data::DataError, freeze::UnknownModuleType};
+
+/// Any failure of a training run.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The model's files.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The model itself.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The tokenizer or the image settings.
+    #[error(transparent)]
+    Processor(#[from] ProcessorError),
+    /// A freeze flag of the configuration.
+    #[error(transparent)]
+    Freeze(#[from] UnknownModuleType),
+    /// A weight in few bits cannot move.
+    #[error("{name} is packed as {format} and cannot be trained: expected it frozen, with LoRA beside it")]
+    PackedTrained {
+        /// The weight.
+        name: String,
+        /// How it is packed.
+        format: &'static str,
+    },
+    /// The rules leave no weight to train.
+    #[error("nothing is trained: every weight is frozen and there is no LoRA")]
+    NothingTrained,
+    /// The tokenizer has ids that the model has no rows for.
+    #[error("the tokenizer has {tokenizer} token ids, but the model has embeddings for {model}")]
+    Vocabulary {
+        /// One more than the largest id.
+        tokenizer: usize,
+        /// Rows of the embeddings.
+        model: usize,
+    },
+    /// Sequences longer than the model has positions.
+    #[error("sequences of {length} tokens do not fit the model's {positions} positions")]
+    Positions {
+        /// What was asked for.
+        length: usize,
+        /// What the model has.
+        positions: usize,
+    },
+    /// The run would need more memory than there is.
+    #[error("the run needs {needed} of memory, but {available} are there: {advice}")]
+    Memory {
+        /// Bytes, for reading.
+        needed: String,
+        /// Bytes, for reading.
+        available: String,
+        /// What would help.
+        advice: String,
+    },
+    /// Too many spikes in a row.
+    #[error(
+        "training diverged: {rollbacks} rollbacks without a new checkpoint between them, the last at step {step}"
+    )]
+    Diverged {
+        /// How often the run went back.
+        rollbacks: u64,
+        /// Where it gave up.
+        step: u64,
+    },
+    /// The output directory belongs to another run, or there is nothing to resume.
+    #[error("{}: {reason}", path.display())]
+    Output {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A checkpoint of this run that does not fit it.
+    #[error("checkpoint {}: {reason}", path.display())]
+    State {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The system refused to read or write.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+/// Wraps an input or output error with what was tried.
+pub(crate) fn io_error(action: &'static str, path: &Path) -> impl Fn(std::io::Error) -> TrainError + use<> {
+    let path = path.to_owned();
+    move |source| TrainError::Io { action, path: path.clone(), source }
+}

@@ -1,0 +1,204 @@
+//! AdamW (Loshchilov and Hutter, 2019) as `torch.optim.AdamW` computes it, and the norm of all gradients.
+//!
+//! Surprising: nothing here depends on the number of threads. Sums run over pieces of a constant length, and the
+//! sums of the pieces are added in their order.
+
+use half::bf16;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// Numbers that a thread takes at a time.
+const PIECE: usize = 1 << 14;
+
+/// The constants of AdamW. The defaults are those that IDEFICS was trained with.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamW {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay of the parameters that have any; see [`decays`].
+    pub weight_decay: f64,
+}
+
+impl Default for AdamW {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 }
+    }
+}
+
+/// Whether weight decay applies to a parameter. Source: m4 `training/main.py`, the names without decay.
+pub fn decays(name: &str) -> bool {
+    const WITHOUT: [&str; 6] = ["bias", "alpha", "layernorm", "ln", "layer_norm", "perceiver_resampler"];
+    !WITHOUT.iter().any(|part| name.contains(part))
+}
+
+/// First and second moment of one parameter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Moments {
+    /// Running mean of the gradients.
+    pub first: Vec<f32>,
+    /// Running mean of their squares.
+    pub second: Vec<f32>,
+}
+
+impl Moments {
+    /// Moments before the first step.
+    pub fn new(len: usize) -> Self {
+        Self { first: vec![0.0; len], second: vec![0.0; len] }
+    }
+}
+
+/// One step of AdamW, the same for all parameters.
+#[derive(Debug, Clone, Copy)]
+pub struct Update {
+    /// The constants.
+    pub adamw: AdamW,
+    /// Learning rate.
+    pub rate: f64,
+    /// Number of this step, the first being 1.
+    pub step: u64,
+    /// Multiplied into each gradient: less than 1 where the norm is clipped.
+    pub gradient_scale: f32,
+}
+
+/// What one number needs in each step, computed once.
+#[derive(Clone, Copy)]
+struct Factors {
+    keep: f32,
+    beta1: f32,
+    beta2: f32,
+    step_size: f32,
+    second_root: f32,
+    eps: f32,
+    gradient_scale: f32,
+}
+
+impl Update {
+    fn factors(&self, decay: bool) -> Factors {
+        let AdamW { beta1, beta2, eps, weight_decay } = self.adamw;
+        let correction = |beta: f64| 1.0 - beta.powf(self.step as f64);
+        Factors {
+            keep: if decay { (1.0 - self.rate * weight_decay) as f32 } else { 1.0 },
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            step_size: (self.rate / correction(beta1)) as f32,
+            second_root: correction(beta2).sqrt() as f32,
+            eps: eps as f32,
+            gradient_scale: self.gradient_scale,
+        }
+    }
+
+    /// Moves `values` against their gradient. `decay` as [`decays`] says.
+    pub fn apply(&self, values: &mut [f32], gradient: &[f32], moments: &mut Moments, decay: Decay) {
+        let factors = self.factors(decay == Decay::Yes);
+        values
+            .par_chunks_mut(PIECE)
+            .zip(gradient.par_chunks(PIECE))
+            .zip(moments.first.par_chunks_mut(PIECE).zip(moments.second.par_chunks_mut(PIECE)))
+            .for_each(|((values, gradient), (first, second))| {
+                for (((value, gradient), first), second) in
+                    values.iter_mut().zip(gradient).zip(first).zip(second)
+                {
+                    factors.apply(value, *gradient, first, second);
+                }
+            });
+    }
+}
+
+/// Whether weight decay applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decay {
+    /// It does.
+    Yes,
+    /// It does not.
+    No,
+}
+
+impl Factors {
+    #[inline]
+    fn apply(self, value: &mut f32, gradient: f32, first: &mut f32, second: &mut f32) {
+        let gradient = gradient * self.gradient_scale;
+        *value *= self.keep;
+        *first += (gradient - *first) * (1.0 - self.beta1);
+        *second = *second * self.beta2 + gradient * gradient * (1.0 - self.beta2);
+        *value -= self.step_size * *first / (second.sqrt() / self.second_root + self.eps);
+    }
+}
+
+/// The sum of the squares, in the same order on any number of threads.
+pub fn sum_of_squares(values: &[f32]) -> f64 {
+    let sums: Vec<f64> = values
+        .par_chunks(PIECE)
+        .map(|piece| piece.iter().map(|&value| f64::from(value) * f64::from(value)).sum())
+        .collect();
+    sums.into_iter().sum()
+}
+
+/// Rounds to bf16.
+pub fn round_to_bf16(values: &[f32], out: &mut [bf16]) {
+    out.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(out, values)| {
+        for (out, &value) in out.iter_mut().zip(values) {
+            *out = bf16::from_f32(value);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_without_decay_are_the_reference_s() {
+        let check = |name, expected| assert_eq!(decays(name), expected, "{name}");
+        check("model.layers.0.self_attn.q_proj.weight", true);
+        check("model.embed_tokens.additional_embedding.weight", true);
+        check("lm_head.weight", true);
+        check("model.norm.weight", true);
+        check("model.layers.0.input_layernorm.weight", false);
+        check("model.vision_model.encoder.layers.0.layer_norm1.weight", false);
+        check("model.vision_model.encoder.layers.0.mlp.fc1.bias", false);
+        check("model.gated_cross_attn_layers.0.alpha_cross_attn", false);
+        check("model.gated_cross_attn_layers.0.cross_attn.q_layer_norm.weight", false);
+        check("model.perceiver_resampler.blocks.0.1.c_proj.weight", false);
+    }
+
+    /// Values of `torch.optim.AdamW(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)` (torch 2.15) after
+    /// three steps from [1, -2, 0.5] with gradients [0.1, -0.2, 3], [0.3, 0.2, -1], [0, 1e-4, 2].
+    #[test]
+    fn steps_are_torch_s() {
+        let mut values = TORCH_START;
+        let mut moments = Moments::new(3);
+        for (step, gradient) in TORCH_GRADIENTS.iter().enumerate() {
+            let update =
+                Update { adamw: AdamW::default(), rate: 0.1, step: step as u64 + 1, gradient_scale: 1.0 };
+            update.apply(&mut values, gradient, &mut moments, Decay::Yes);
+            for (value, expected) in values.iter().zip(TORCH_EXPECTED[step]) {
+                assert!((value - expected).abs() < 2e-6, "step {step}: {values:?}");
+            }
+        }
+    }
+
+    const TORCH_START: [f32; 3] = [1.0, -2.0, 0.5];
+    const TORCH_GRADIENTS: [[f32; 3]; 3] = [[0.1, -0.2, 3.0], [0.3, 0.2, -1.0], [0.0, 1e-4, 2.0]];
+    const TORCH_EXPECTED: [[f32; 3]; 3] = [
+        [0.889999986, -1.88, 0.395000011],
+        [0.789321899, -1.86646318, 0.351028144],
+        [0.710483968, -1.85188961, 0.287209213],
+    ];
+
+    #[test]
+    fn sums_do_not_depend_on_threads() {
+        let values: Vec<f32> = (0..100_000).map(|n| (n as f32 * 0.37).sin()).collect();
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| sum_of_squares(&values))
+        };
+        assert_eq!(on(1).to_bits(), on(3).to_bits());
+        let plain: f64 = values.iter().map(|&v| f64::from(v).powi(2)).sum();
+        assert!((on(1) - plain).abs() < 1e-6);
+    }
+}

@@ -1,0 +1,298 @@
+//! The weights of a model in training: some move, the others stay where the checkpoint is mapped.
+//!
+//! A weight that is trained in bf16 has an `f32` master beside it, which is what the optimiser moves; the model
+//! reads the master rounded. Gradients and moments are `f32`. A [`Model`](idefics::model::Model) is built anew
+//! for each step and dropped before the update, so that the numbers can be changed where they are.
+
+use std::collections::BTreeMap;
+
+use idefics::{
+    checkpoint::{DType, LinearWeight, Weight, Weights},
+    model::WeightSource,
+};
+
+use crate::{
+    error::TrainError,
+    interface::Gradient,
+    optim::{AdamW, Decay, Moments, Update, decays, round_to_bf16, sum_of_squares},
+};
+
+/// A weight that is trained.
+#[derive(Debug)]
+pub struct Parameter {
+    weight: Weight,
+    /// The numbers behind a weight that is not `f32` itself.
+    master: Option<Vec<f32>>,
+    gradient: Gradient,
+    moments: Moments,
+    decay: Decay,
+}
+
+/// What the trained weights are kept as while the model reads them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// As they are stored, `f16` as `f32`.
+    #[default]
+    Auto,
+    /// `f32`.
+    F32,
+    /// `bf16` with `f32` masters.
+    Bf16,
+}
+
+/// All weights of a model.
+pub struct Parameters {
+    /// Those that stay.
+    frozen: Weights,
+    /// Those that move, by name.
+    trained: BTreeMap<String, Parameter>,
+    /// Heads that are the embeddings.
+    is_tied: bool,
+}
+
+/// Names of heads and of the embeddings that they are where they are tied.
+const TIED: [(&str, &str); 2] = [
+    ("lm_head.weight", "model.embed_tokens.weight"),
+    ("lm_head.additional_fc.weight", "model.embed_tokens.additional_embedding.weight"),
+];
+
+impl Parameter {
+    /// A weight that will move, as it is stored.
+    fn new(name: &str, stored: &Weight, precision: Precision) -> Self {
+        let values = stored.to_f32_vec();
+        let dtype = match (precision, stored.dtype()) {
+            (Precision::Bf16, _) | (Precision::Auto, DType::Bf16) => DType::Bf16,
+            _ => DType::F32,
+        };
+        let decay = if decays(name) { Decay::Yes } else { Decay::No };
+        let (gradient, moments) = (Gradient::new(values.len()), Moments::new(values.len()));
+        let shape = stored.shape().to_vec();
+        let (weight, master) = match dtype {
+            DType::Bf16 => (Weight::from_f32(values.clone(), shape).to_dtype(DType::Bf16), Some(values)),
+            _ => (Weight::from_f32(values, shape), None),
+        };
+        Self { weight, master, gradient, moments, decay }
+    }
+
+    /// What the model reads.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The numbers that the optimiser moves.
+    pub fn values(&self) -> &[f32] {
+        self.master.as_deref().or_else(|| self.weight.as_f32()).expect("a weight without a master is f32")
+    }
+
+    /// The sum of the gradients so far.
+    pub fn gradient(&self) -> &Gradient {
+        &self.gradient
+    }
+
+    /// First and second moment.
+    pub fn moments(&self) -> &Moments {
+        &self.moments
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.weight.len()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.weight.is_empty()
+    }
+
+    fn update(&mut self, update: &Update) -> Result<(), SharedWeight> {
+        let gradient = self.gradient.lock();
+        match &mut self.master {
+            Some(master) => {
+                let rounded = self.weight.as_bf16_mut().ok_or(SharedWeight)?;
+                update.apply(master, &gradient, &mut self.moments, self.decay);
+                round_to_bf16(master, rounded);
+            }
+            None => {
+                let values = self.weight.as_f32_mut().ok_or(SharedWeight)?;
+                update.apply(values, &gradient, &mut self.moments, self.decay);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes over numbers and moments of an earlier run; all have the parameter's length.
+    pub(crate) fn restore(&mut self, values: Vec<f32>, moments: Moments) {
+        let shape = self.weight.shape().to_vec();
+        assert!(values.len() == self.len() && moments.first.len() == self.len(), "lengths were compared");
+        self.weight = Weight::from_f32(values.clone(), shape);
+        if self.master.is_some() {
+            self.weight = self.weight.to_dtype(DType::Bf16);
+            self.master = Some(values);
+        }
+        self.moments = moments;
+        self.gradient.zero();
+    }
+}
+
+/// A model still reads the weight.
+struct SharedWeight;
+
+impl Parameters {
+    /// Splits the weights of a checkpoint into those that `is_trained` names and the others.
+    pub fn new(
+        mut weights: Weights,
+        is_tied: bool,
+        precision: Precision,
+        is_trained: impl Fn(&str) -> bool,
+    ) -> Result<Self, TrainError> {
+        let is_head = |name: &str| is_tied && TIED.iter().any(|(head, _)| *head == name);
+        if let Some((name, weight)) = weights.iter_packed().find(|(name, _)| is_trained(name)) {
+            let (name, format) = (name.to_owned(), weight.format_name());
+            return Err(TrainError::PackedTrained { name, format });
+        }
+        let names: Vec<String> = weights
+            .iter()
+            .map(|(name, _)| name.to_owned())
+            .filter(|name| is_trained(name) && !is_head(name))
+            .collect();
+        let mut trained = BTreeMap::new();
+        for name in names {
+            let stored = weights.take(&name)?;
+            trained.insert(name.clone(), Parameter::new(&name, &stored, precision));
+            stored.release_pages();
+        }
+        Ok(Self { frozen: weights, trained, is_tied })
+    }
+
+    /// The weights that move, in the order of their names.
+    pub fn trained(&self) -> impl Iterator<Item = (&str, &Parameter)> {
+        self.trained.iter().map(|(name, parameter)| (name.as_str(), parameter))
+    }
+
+    pub(crate) fn trained_mut(&mut self) -> impl Iterator<Item = (&str, &mut Parameter)> {
+        self.trained.iter_mut().map(|(name, parameter)| (name.as_str(), parameter))
+    }
+
+    /// The weights that stay.
+    pub fn frozen(&self) -> &Weights {
+        &self.frozen
+    }
+
+    /// Number of elements that are trained.
+    pub fn num_trained(&self) -> usize {
+        self.trained.values().map(Parameter::len).sum()
+    }
+
+    /// Whether the heads are the embeddings, and are not saved beside them.
+    pub fn is_tied_head(&self, name: &str) -> bool {
+        self.is_tied && TIED.iter().any(|(head, _)| *head == name)
+    }
+
+    /// Sets all gradients to zero.
+    pub fn zero_gradients(&self) {
+        self.trained.values().for_each(|parameter| parameter.gradient.zero());
+    }
+
+    /// The norm of all gradients as one vector.
+    pub fn gradient_norm(&self) -> f64 {
+        let squares = self.trained.values().map(|parameter| sum_of_squares(&parameter.gradient.lock()));
+        squares.sum::<f64>().sqrt()
+    }
+
+    /// Moves all weights.
+    ///
+    /// # Panics
+    /// If a model that reads them is still there.
+    pub fn update(&mut self, adamw: AdamW, rate: f64, step: u64, gradient_scale: f32) {
+        let update = Update { adamw, rate, step, gradient_scale };
+        for (name, parameter) in &mut self.trained {
+            let updated = parameter.update(&update);
+            assert!(updated.is_ok(), "{name}: the model of a step is dropped before the update");
+        }
+    }
+
+    /// The name under which a weight lies here.
+    fn own_name<'a>(&self, name: &'a str) -> &'a str {
+        let tied = TIED.iter().find(|(head, _)| self.is_tied && *head == name);
+        tied.map_or(name, |(_, embedding)| embedding)
+    }
+}
+
+impl WeightSource for Parameters {
+    fn weight(&self, name: &str) -> Option<Weight> {
+        let name = self.own_name(name);
+        match self.trained.get(name) {
+            Some(parameter) => Some(parameter.weight.clone()),
+            None => self.frozen.weight(name),
+        }
+    }
+
+    fn linear_weight(&self, name: &str) -> Option<LinearWeight> {
+        let own = self.own_name(name);
+        match self.trained.get(own) {
+            Some(parameter) => Some(parameter.weight.clone().into()),
+            None => self.frozen.linear_weight(own),
+        }
+    }
+}
+
+impl Parameters {
+    /// Where the gradient of the weight of that name goes.
+    pub fn gradient_of(&self, name: &str) -> Option<Gradient> {
+        self.trained.get(self.own_name(name)).map(|parameter| parameter.gradient.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weights() -> Weights {
+        [
+            ("model.embed_tokens.weight", Weight::from_f32(vec![1.0, 2.0], [2, 1])),
+            ("lm_head.weight", Weight::from_f32(vec![1.0, 2.0], [2, 1])),
+            ("model.norm.weight", Weight::from_f32(vec![3.0], [1]).to_dtype(DType::Bf16)),
+        ]
+        .into_iter()
+        .collect()
+    }
+
+    #[test]
+    fn frozen_weights_stay_and_others_move() {
+        let mut parameters =
+            Parameters::new(weights(), false, Precision::Auto, |name| name == "model.norm.weight").unwrap();
+        assert_eq!(parameters.num_trained(), 1);
+        assert!(parameters.gradient_of("lm_head.weight").is_none());
+        parameters.gradient_of("model.norm.weight").unwrap().lock()[0] = -2.0;
+        assert_eq!(parameters.gradient_norm(), 2.0);
+        parameters.update(AdamW::default(), 0.25, 1, 1.0);
+        let weight = parameters.weight("model.norm.weight").unwrap();
+        assert_eq!((weight.dtype(), weight.to_f32_vec()), (DType::Bf16, vec![3.171_875]));
+        let (_, norm) = parameters.trained().next().unwrap();
+        assert!((norm.values()[0] - (3.0 * 0.975 + 0.25)).abs() < 1e-6, "the master is not rounded");
+        assert_eq!(parameters.weight("lm_head.weight").unwrap().to_f32_vec(), [1.0, 2.0]);
+        parameters.zero_gradients();
+        assert_eq!(parameters.gradient_norm(), 0.0);
+    }
+
+    #[test]
+    fn tied_heads_are_the_embeddings() {
+        let mut parameters = Parameters::new(weights(), true, Precision::F32, |_| true).unwrap();
+        assert_eq!(parameters.num_trained(), 3);
+        parameters.gradient_of("lm_head.weight").unwrap().lock()[0] = 1.0;
+        parameters.update(AdamW::default(), 0.5, 1, 1.0);
+        let [head, embedding] =
+            ["lm_head.weight", "model.embed_tokens.weight"].map(|name| parameters.weight(name).unwrap());
+        assert!(head.shares_bytes_with(&embedding));
+        assert!(head.to_f32_vec()[0] < 0.5);
+    }
+
+    #[test]
+    #[should_panic(expected = "dropped before the update")]
+    fn a_weight_in_use_is_not_changed() {
+        let mut parameters = Parameters::new(weights(), false, Precision::F32, |_| true).unwrap();
+        let _model = parameters.weight("lm_head.weight");
+        parameters.update(AdamW::default(), 0.5, 1, 1.0);
+    }
+}
