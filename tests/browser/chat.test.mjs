@@ -228,7 +228,7 @@ chatTest("failures are told where they happen, and can be tried again", async (p
   assert.match(await page.locator(".failure").innerText(), /16 requests are waiting already\. Try again in 7 seconds/);
   await page.click("#new");
   await say(page, "flaky, and a message that is told about");
-  await page.waitForSelector(".failure >> text=the model failed");
+  await page.waitForSelector(".failure >> text=The model failed");
   await screenshot(page, "desktop error");
   await page.click(".failure >> text=Try again");
   assert.match(await lastAnswer(page), /flaky/);
@@ -236,7 +236,7 @@ chatTest("failures are told where they happen, and can be tried again", async (p
   assert.equal(await page.locator(".version").count(), 0, "a failure is no version");
   for (const [words, expected] of [
     ["too long", "2391 tokens"],
-    ["break off", "broke off"],
+    ["break off", "The answer broke off."],
     ["lost line", "connection was lost"],
   ]) {
     await page.click("#new");

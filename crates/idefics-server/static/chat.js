@@ -66,9 +66,9 @@ function tell(error) {
     const label = apiKey.get() ? "The API key is not right." : "This server wants an API key.";
     showNotice(label, { label: "Enter the key", run: () => openSettings("apiKey") });
   } else if (error instanceof ApiError && error.status === 503) {
-    showNotice(`The server is not ready: ${error.message}`, { label: "Try again", run: connect });
+    showNotice(`The server is not ready: ${error.message.replace(/[.]$/, "")}.`, { label: "Try again", run: connect });
   } else if (error instanceof ApiError) {
-    showNotice(error.message, { label: "Try again", run: connect });
+    showNotice(asSentence(error.message), { label: "Try again", run: connect });
   } else if (error instanceof PictureError || error instanceof TranscriptError) {
     showNotice(error.message);
   } else {
@@ -370,9 +370,15 @@ async function write(conversation, answer, path) {
   }
 }
 
+/** Servers write their reasons in lower case. */
+function asSentence(text) {
+  const start = text.charAt(0).toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(start) ? start : `${start}.`;
+}
+
 function messageOf(error) {
-  if (error instanceof ApiError && error.retryAfter) return `${error.message} Try again in ${error.retryAfter} seconds.`;
-  return error.message;
+  const message = asSentence(error.message);
+  return error instanceof ApiError && error.retryAfter ? `${message} Try again in ${error.retryAfter} seconds.` : message;
 }
 
 /** Another answer in the place of `node`. One that failed is replaced, others stay as versions. */
