@@ -33,10 +33,16 @@ enum Command {
     Score(commands::score::Args),
     Inspect(commands::inspect::Args),
     Quantize(commands::quantize::Args),
+    Init(Box<commands::init::Args>),
+    Merge(commands::merge::Args),
     Bench(commands::bench::Args),
     Train(Box<commands::train::Args>),
     Download(commands::download::Args),
 }
+
+// Freed memory stays for the next layer; see the dependency in the workspace.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
@@ -47,6 +53,8 @@ fn main() -> std::process::ExitCode {
         Command::Score(args) => commands::score::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Quantize(args) => commands::quantize::run(&args),
+        Command::Init(args) => commands::init::run(&args),
+        Command::Merge(args) => commands::merge::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Download(args) => commands::download::run(&args),

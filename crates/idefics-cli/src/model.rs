@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 use idefics::{
     ComputeType, Idefics, LoadOptions, Processor,
+    adapter::AdapterSource,
     processor::{AddEndOfUtterance, ExifOrientation, FetchPolicy, ImageLimits, ProcessOptions},
     quantize::Recipe,
 };
@@ -27,6 +28,11 @@ pub(crate) struct ModelArgs {
     /// Pack the weights of the text model and the gated blocks in memory while loading
     #[arg(long, value_enum, value_name = "FORMAT")]
     quantize: Option<FormatName>,
+
+    /// Use a LoRA adapter, as PEFT or `idefics train` writes it, beside the weights, times WEIGHT [default: 1]; can be
+    /// given several times
+    #[arg(long, value_name = "DIR[=WEIGHT]", value_parser = adapter_source)]
+    adapter: Vec<AdapterSource>,
 
     /// Threads to compute with [default: all processors]
     #[arg(long, value_name = "N")]
@@ -109,6 +115,22 @@ pub(crate) fn start_threads(threads: Option<usize>) -> anyhow::Result<()> {
     pool.build_global().context("cannot start the threads")
 }
 
+/// Reads `DIR` or `DIR=WEIGHT`. A directory whose own name looks like the latter is found all the same.
+pub(crate) fn adapter_source(word: &str) -> Result<AdapterSource, String> {
+    let whole = |weight| AdapterSource { directory: PathBuf::from(word), weight };
+    if std::path::Path::new(word).is_dir() {
+        return Ok(whole(1.0));
+    }
+    match word.rsplit_once('=') {
+        None => Ok(whole(1.0)),
+        Some((directory, number)) => {
+            let weight: f32 =
+                number.parse().map_err(|_| format!("expected a number behind `=`, got `{number}`"))?;
+            Ok(AdapterSource { directory: PathBuf::from(directory), weight })
+        }
+    }
+}
+
 impl From<Dtype> for ComputeType {
     fn from(dtype: Dtype) -> Self {
         match dtype {
@@ -129,7 +151,12 @@ impl ModelArgs {
         // The processor is small and most often what is missing, so it goes first.
         let processor = Processor::from_pretrained(&directory).with_context(in_directory)?;
         let quantize = self.quantize.map(|format| Recipe::new(format.plain()));
-        let options = LoadOptions { compute: self.dtype.into(), quantize, ..LoadOptions::default() };
+        let options = LoadOptions {
+            compute: self.dtype.into(),
+            quantize,
+            adapters: self.adapter.clone(),
+            ..LoadOptions::default()
+        };
         let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
         model.check_processor(&processor).with_context(in_directory)?;
         Ok(Loaded { model, processor, options: self.process_options() })

@@ -16,6 +16,15 @@ impl<T> SharedMut<T> {
         Self(slice.as_mut_ptr())
     }
 
+    /// Where element `index` lies.
+    ///
+    /// # Safety
+    /// `index` lies inside the slice this was made of.
+    pub(crate) unsafe fn at(self, index: usize) -> *mut T {
+        // SAFETY: in bounds by the contract above.
+        unsafe { self.0.add(index) }
+    }
+
     /// Writes one element.
     ///
     /// # Safety

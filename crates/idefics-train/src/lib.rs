@@ -2,18 +2,22 @@
 //!
 //! `data` turns files into sequences; `packing` puts them into batches; `trainer` asks the model for their loss
 //! and gradients, and `optim` moves the weights in `parameters`. `state` writes all of it so that a run that was
-//! stopped anywhere goes on as if nothing had happened.
+//! stopped anywhere goes on as if nothing had happened. `init` builds the models to begin with, `adapter` makes and
+//! writes low-rank factors.
 
+pub mod adapter;
 pub mod check;
 pub mod config;
 pub mod data;
 pub mod error;
 pub mod freeze;
+pub mod init;
 pub mod learner;
 pub mod metrics;
 pub mod optim;
 pub mod packing;
 pub mod parameters;
+pub mod random;
 mod rng;
 pub mod schedule;
 pub mod spikes;

@@ -4,6 +4,7 @@
 //! token; [`model`] reads pictures once and tokens step by step; [`generate`] decides which token comes next.
 //! [`checkpoint`] is the only module that opens model files, [`ops`] the only one that touches the tensor library.
 
+pub mod adapter;
 pub mod bench;
 pub mod checkpoint;
 pub mod config;

@@ -1,15 +1,15 @@
 //! A model and what its checkpoint says of it, opened in one call.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use crate::{
-    SequenceInputs,
+    adapter::{Adapted, AdapterError, AdapterSource, Adapters},
     checkpoint::{Checkpoint, CheckpointError, DType, GenerationConfigFile, Weights},
     config::IdeficsConfig,
     generate::{Row, StepModel},
-    model::{Model, ModelError, OtherSizes, SequenceCache},
+    model::{ImageStates, Model, ModelError, OtherSizes, SequenceCache},
     ops::{Compute, Context, Isa},
-    processor::Processor,
+    processor::{PixelValues, Processor},
     quantize::{QuantizeError, Recipe, quantize_weights},
 };
 
@@ -37,6 +37,8 @@ pub struct LoadOptions {
     pub isa: Option<Isa>,
     /// Packs the weights in memory while the model is loaded, if asked to.
     pub quantize: Option<Recipe>,
+    /// Adapters to use beside the weights.
+    pub adapters: Vec<AdapterSource>,
 }
 
 /// Why a model could not be opened.
@@ -48,6 +50,9 @@ pub enum LoadError {
     /// The weights cannot be quantized.
     #[error(transparent)]
     Quantize(#[from] QuantizeError),
+    /// An adapter is missing, broken or made for another model.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// The weights do not make the model that the configuration describes.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -88,8 +93,9 @@ impl Idefics {
             quantize_weights(&mut checkpoint.weights, recipe)?;
         }
         let ctx = Context { isa: options.isa.unwrap_or_else(Isa::best), compute };
-        let model =
-            Model::new(checkpoint.config, &checkpoint.weights, ctx)?.with_other_sizes(options.other_sizes);
+        let adapters = Adapters::open(&options.adapters, &checkpoint.config)?;
+        let weights = Adapted { weights: &checkpoint.weights, adapters: &adapters };
+        let model = Model::new(checkpoint.config, &weights, ctx)?.with_other_sizes(options.other_sizes);
         Ok(Self { model, generation_config: checkpoint.generation_config })
     }
 
@@ -117,6 +123,7 @@ impl Idefics {
 }
 
 impl StepModel for Idefics {
+    type Image = Arc<ImageStates>;
     type Cache = SequenceCache;
     type Error = ModelError;
 
@@ -128,8 +135,36 @@ impl StepModel for Idefics {
         self.model.max_positions()
     }
 
-    fn start(&self, inputs: &SequenceInputs) -> Result<SequenceCache, ModelError> {
-        self.model.start(inputs)
+    fn encode_images(&self, images: &[&PixelValues]) -> Result<Vec<Arc<ImageStates>>, ModelError> {
+        self.model.encode_images(images)
+    }
+
+    fn new_cache(&self, images: Vec<Arc<ImageStates>>) -> SequenceCache {
+        self.model.new_cache(images)
+    }
+
+    fn truncate(&self, cache: &mut SequenceCache, tokens: usize) {
+        self.model.truncate(cache, tokens);
+    }
+
+    fn copy_prefix(&self, cache: &SequenceCache, tokens: usize) -> SequenceCache {
+        self.model.copy_prefix(cache, tokens)
+    }
+
+    fn set_images(&self, cache: &mut SequenceCache, images: Vec<Arc<ImageStates>>) {
+        self.model.set_images(cache, images);
+    }
+
+    fn cache_bytes(&self, tokens: usize) -> usize {
+        self.model.cache_bytes(tokens)
+    }
+
+    fn image_bytes(&self, image: &PixelValues) -> usize {
+        self.model.image_bytes(image)
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.model.weight_bytes()
     }
 
     fn step(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Vec<Vec<f32>>, ModelError> {

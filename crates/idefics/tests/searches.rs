@@ -216,7 +216,7 @@ fn an_answer_depends_on_its_prompt_options_and_seed_alone() {
                 assert_eq!(run(&chunked, Scheduler::default()), expected, "{what}: chunks");
                 let uncached = GenerationConfig { use_cache: false, ..config.clone() };
                 assert_eq!(run(&uncached, Scheduler::default()), expected, "{what}: no cache");
-                let tight = Scheduler { max_step_tokens: 7, max_sequences: 3 };
+                let tight = Scheduler { max_step_tokens: 7, max_sequences: 3, ..Scheduler::default() };
                 assert_eq!(run(&config, tight), expected, "{what}: a tight schedule");
             }
         }

@@ -104,7 +104,8 @@ impl From<PartName> for Part {
     }
 }
 
-fn positive(word: &str) -> Result<f64, String> {
+/// A number above 0.
+pub(crate) fn positive(word: &str) -> Result<f64, String> {
     let number: f64 = word.parse().map_err(|_| "expected a number".to_owned())?;
     if number > 0.0 && number.is_finite() { Ok(number) } else { Err("expected a number above 0".to_owned()) }
 }

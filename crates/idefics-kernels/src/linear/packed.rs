@@ -17,7 +17,10 @@ use std::borrow::Cow;
 
 use half::bf16;
 
-use super::tile::{Dot, WeightRows};
+use super::{
+    job::Ahead,
+    tile::{Dot, WeightRows},
+};
 use crate::{
     Isa,
     isa::multiversion,
@@ -371,6 +374,13 @@ pub(crate) unsafe fn unpack_pairs<F: Packed>(
             }
         }
     }
+}
+
+/// The codes behind a panel, as many as its own.
+pub(super) fn ahead<F: Packed>(rows: &impl WeightRows<Row = F::Row>, k: usize) -> Ahead {
+    let start = F::address(rows.row(0), 0);
+    let end = F::address(rows.row(0), rows.count() * k);
+    Ahead { from: end, bytes: end.addr() - start.addr() }
 }
 
 /// Activations in the order of [`Nf4Format`]: of each 64, the even ones, then the odd ones.

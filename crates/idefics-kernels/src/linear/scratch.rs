@@ -1,26 +1,37 @@
-//! Buffers that a thread keeps between panels, so that unpacking allocates nothing after warm-up.
+//! Buffers that a thread keeps between products, so that they allocate nothing after warm-up.
 
 use std::{cell::RefCell, thread::LocalKey};
 
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::broadcast::Line;
+
 thread_local! {
     /// A panel of unpacked weights.
-    pub(super) static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    pub(crate) static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     /// A panel of unpacked weights, rounded.
-    pub(super) static ROUNDED: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+    pub(crate) static ROUNDED: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+    /// A panel of transposed weights.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) static PANEL: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    /// The activations of a product, transposed.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) static ACTIVATIONS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Lends `n` elements of this thread's buffer, their content left over from the last use.
-pub(super) fn with<T: Clone + Default, R>(
+pub(crate) fn with<T: Clone + Default, R>(
     buffer: &'static LocalKey<RefCell<Vec<T>>>,
     n: usize,
     work: impl FnOnce(&mut [T]) -> R,
 ) -> R {
-    buffer.with_borrow_mut(|buffer| {
-        if buffer.len() < n {
-            buffer.resize(n, T::default());
-        }
-        work(&mut buffer[..n])
-    })
+    // Taken out meanwhile: a thread that waits for others may start another product.
+    let mut held = buffer.take();
+    if held.len() < n {
+        held.resize(n, T::default());
+    }
+    let result = work(&mut held[..n]);
+    buffer.replace(held);
+    result
 }

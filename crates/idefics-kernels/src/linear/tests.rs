@@ -41,7 +41,7 @@ fn bf16s(values: &[f32]) -> Vec<bf16> {
 }
 
 /// Sizes around every tile and vector width, tails included.
-const SIZES: [(usize, usize, usize); 12] = [
+const SIZES: [(usize, usize, usize); 17] = [
     (1, 1, 1),
     (1, 5, 16),
     (2, 3, 7),
@@ -54,6 +54,12 @@ const SIZES: [(usize, usize, usize); 12] = [
     (8, 39, 15),
     (13, 121, 48),
     (7, 200, 512),
+    // Enough rows to be broadcast: every height of a tile, and panels of one and two registers.
+    (24, 16, 1),
+    (29, 33, 96),
+    (31, 7, 33),
+    (39, 64, 47),
+    (71, 49, 130),
 ];
 
 #[test]
@@ -93,36 +99,88 @@ fn every_tier_and_format_agrees_with_the_plain_twin() {
 
 #[test]
 fn a_row_gives_the_same_bits_alone_and_in_any_batch() {
-    let (n, k) = (123, 77);
-    let (x, w) = (noise(17 * k, 4), noise(n * k, 5));
-    for isa in Isa::available() {
-        for compute in [Compute::F32, Compute::Bf16] {
-            let together = run(isa, compute, &x, Matrix::F32(&w), k, None);
-            for (i, row) in x.chunks(k).enumerate() {
-                let alone = run(isa, compute, row, Matrix::F32(&w), k, None);
-                assert_eq!(alone, together[i * n..(i + 1) * n], "{} {compute:?} row {i}", isa.tier());
+    // 53 rows are broadcast over transposed weights, 17 are tiles of dot products, as is one.
+    for (m, n, k) in [(17, 123, 77), (53, 123, 77), (53, 35, 160), (24, 33, 15)] {
+        let (x, w, bias) = (noise(m * k, 4), noise(n * k, 5), noise(n, 6));
+        let (half, short) = (w.iter().map(|v| f16::from_f32(*v)).collect::<Vec<_>>(), bf16s(&w));
+        for isa in Isa::available() {
+            for compute in [Compute::F32, Compute::Bf16] {
+                for weight in [Matrix::F32(&w), Matrix::F16(&half), Matrix::Bf16(&short)] {
+                    let together = run(isa, compute, &x, weight, k, Some(&bias));
+                    for (i, row) in x.chunks(k).enumerate() {
+                        let alone = run(isa, compute, row, weight, k, Some(&bias));
+                        assert_eq!(
+                            alone,
+                            together[i * n..(i + 1) * n],
+                            "{} {compute:?} {m} rows, row {i}",
+                            isa.tier()
+                        );
+                    }
+                }
             }
         }
     }
 }
 
 #[test]
-fn threads_do_not_change_a_bit() {
-    let (m, n, k) = (9, 301, 256);
-    let (x, w) = (noise(m * k, 6), bf16s(&noise(n * k, 7)));
-    let isa = Isa::best();
-    let on = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
-        pool.install(|| run(isa, Compute::Bf16, &x, Matrix::Bf16(&w), k, None))
+fn tiny_numbers_and_signed_zeros_keep_their_bits_when_broadcast() {
+    // Products that underflow, sums that cancel: where the two ways could round, flush or sign a zero apart.
+    let (m, n, k) = (30, 40, 70);
+    let tiny = |values: Vec<f32>| -> Vec<f32> {
+        let of = |(i, v): (usize, f32)| match i % 5 {
+            0 => v * 1e-38,
+            1 => v * 1e-22,
+            2 => -0.0,
+            3 => v * 3e-41,
+            _ => -v * 1e-19,
+        };
+        values.into_iter().enumerate().map(of).collect()
     };
-    let one = on(1);
-    assert_eq!(one, on(2));
-    assert_eq!(one, on(7));
+    let (x, w) = (tiny(noise(m * k, 40)), tiny(noise(n * k, 41)));
+    for isa in Isa::available() {
+        for compute in [Compute::F32, Compute::Bf16] {
+            let bits = |x: &[f32]| -> Vec<u32> {
+                run(isa, compute, x, Matrix::F32(&w), k, None).iter().map(|v| v.to_bits()).collect()
+            };
+            let together = bits(&x);
+            for (row, together) in x.chunks(k).zip(together.chunks(n)) {
+                assert_eq!(bits(row), together, "{} {compute:?}", isa.tier());
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_that_are_computed_in_parts_are_those_of_the_whole() {
+    // More rows than go through the weight together at this width.
+    let (m, n, k) = (600, 3, 16_400);
+    assert!(super::rows_at_once(m, k) < m);
+    let (x, w) = (noise(m * k, 42), noise(n * k, 43));
+    let together = run(Isa::best(), Compute::Bf16, &x, Matrix::F32(&w), k, None);
+    for row in [0, 299, 300, 599] {
+        let alone = run(Isa::best(), Compute::Bf16, &x[row * k..(row + 1) * k], Matrix::F32(&w), k, None);
+        assert_eq!(alone, together[row * n..(row + 1) * n], "row {row}");
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    for (m, n, k) in [(9, 301, 256), (45, 301, 256)] {
+        let (x, w) = (noise(m * k, 6), bf16s(&noise(n * k, 7)));
+        let isa = Isa::best();
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+            pool.install(|| run(isa, Compute::Bf16, &x, Matrix::Bf16(&w), k, None))
+        };
+        let one = on(1);
+        assert_eq!(one, on(2));
+        assert_eq!(one, on(7));
+    }
 }
 
 #[test]
 fn not_a_number_and_infinity_reach_only_their_own_rows_and_columns() {
-    let (m, n, k) = (6, 45, 40);
+    let (m, n, k) = (26, 45, 40);
     let (mut x, mut w) = (noise(m * k, 8), noise(n * k, 9));
     x[3 * k + 39] = f32::NAN;
     w[44 * k] = f32::INFINITY;
@@ -206,9 +264,16 @@ fn packed_case(n: usize, k: usize) -> PackedCase {
 #[test]
 fn packed_weights_agree_with_their_values_on_every_tier_and_way() {
     // Rows around the switch from fused to unpacked; a width that is not whole blocks takes the plain way.
-    for (m, n, k) in
-        [(1, 43, 64), (3, 40, 128), (4, 7, 320), (5, 81, 192), (9, 50, 64), (2, 6, 100), (6, 42, 34)]
-    {
+    for (m, n, k) in [
+        (1, 43, 64),
+        (3, 40, 128),
+        (4, 7, 320),
+        (5, 81, 192),
+        (9, 50, 64),
+        (2, 6, 100),
+        (6, 42, 34),
+        (27, 45, 192),
+    ] {
         let x = noise(m * k, 21);
         let case = packed_case(n, k);
         let round = |v: &[f32]| v.iter().map(|v| bf16::from_f32(*v).to_f32()).collect::<Vec<_>>();
@@ -236,7 +301,7 @@ fn packed_weights_agree_with_their_values_on_every_tier_and_way() {
 
 #[test]
 fn a_row_of_a_packed_product_gives_the_same_bits_alone_and_in_any_batch() {
-    let (m, n, k) = (11, 90, 192);
+    let (m, n, k) = (41, 90, 192);
     let x = noise(m * k, 22);
     let case = packed_case(n, k);
     let scales = &case.nf4_scales;
@@ -250,7 +315,7 @@ fn a_row_of_a_packed_product_gives_the_same_bits_alone_and_in_any_batch() {
         for isa in Isa::available() {
             for compute in [Compute::F32, Compute::Bf16] {
                 let together = run(isa, compute, &x, matrix, k, None);
-                for rows in [1, 2, 4, 5] {
+                for rows in [1, 2, 4, 5, 11, 17, 24] {
                     let alone = run(isa, compute, &x[..rows * k], matrix, k, None);
                     assert_eq!(alone, together[..rows * n], "{} {compute:?} {rows} rows", isa.tier());
                 }

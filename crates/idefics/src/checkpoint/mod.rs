@@ -116,6 +116,26 @@ pub(crate) fn read_packed_file(path: &Path, format: Option<Format>) -> Result<We
     Err(CheckpointError::Mismatch(Box::new(Mismatch { unsound, ..Mismatch::default() })))
 }
 
+/// Maps the tensors of the wanted names in a directory of any model: other architectures have them under names of
+/// their own. What holds of [`Checkpoint::open`] holds here, but for the check of names and shapes.
+pub fn read_tensors(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Weights, CheckpointError> {
+    read_files(&weight_files(directory)?.paths, &wanted)
+}
+
+/// Maps the tensors of one file.
+pub fn read_tensor_file(path: &Path) -> Result<Weights, CheckpointError> {
+    read_files(&[path.to_owned()], &|_| true)
+}
+
+fn read_files(paths: &[PathBuf], wanted: &dyn Fn(&str) -> bool) -> Result<Weights, CheckpointError> {
+    let mut gathered = Gathered::default();
+    for path in paths {
+        gathered.add_some(path, wanted)?;
+    }
+    gathered.assemble(None)?;
+    Ok(gathered.weights)
+}
+
 /// Reads and validates `config.json`.
 pub fn read_config(directory: &Path) -> Result<IdeficsConfig, CheckpointError> {
     if !fs::metadata(directory).map_err(io_error(directory))?.is_dir() {

@@ -105,10 +105,19 @@ impl Gathered {
     /// Maps a file and adds its tensors. Reads the header and touches no other page, unless a tensor is
     /// misaligned.
     pub(super) fn add_file(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        self.add_some(path, &|_| true)
+    }
+
+    /// Adds the tensors of the wanted names only.
+    pub(super) fn add_some(
+        &mut self,
+        path: &Path,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<(), CheckpointError> {
         let map = Arc::new(MappedFile::open(path).map_err(io_error(path))?);
         let header = |source| CheckpointError::Safetensors { path: path.to_owned(), source };
         let tensors = parse_header((*map).as_ref()).map_err(header)?;
-        for info in tensors {
+        for info in tensors.into_iter().filter(|info| wanted(&info.name)) {
             if let Some(first) = self.file_of.insert(info.name.clone(), path.to_owned()) {
                 let (name, second) = (printable(&info.name), path.to_owned());
                 return Err(CheckpointError::TwoFiles { name, first, second });

@@ -99,6 +99,30 @@ pub enum GenerateError {
         /// Numbers returned.
         got: usize,
     },
+    /// An error of a prompt that an iterator over events has handed out already.
+    #[error("prompt {request} failed: {message}")]
+    Told {
+        /// Index of the prompt.
+        request: usize,
+        /// What the error said.
+        message: String,
+    },
+    /// A token sees a picture that the prompt does not have.
+    #[error("prompt {request} has a token that sees picture {index}, but it has {images} pictures")]
+    UnknownImage {
+        /// Index of the prompt.
+        request: usize,
+        /// Index of the picture.
+        index: u32,
+        /// Pictures of the prompt.
+        images: usize,
+    },
+    /// A promise inside was broken, by the model or by a rule of the caller's.
+    #[error("something that should never happen did: {message}")]
+    Panicked {
+        /// The words of the panic.
+        message: String,
+    },
     /// The model failed.
     #[error("the model failed")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),

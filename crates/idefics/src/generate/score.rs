@@ -44,7 +44,11 @@ pub struct Scored {
 
 impl Default for ScoreOptions {
     fn default() -> Self {
-        Self { top: 0, chunk: 128, scheduler: Scheduler { max_step_tokens: 512, max_sequences: 16 } }
+        Self {
+            top: 0,
+            chunk: 128,
+            scheduler: Scheduler { max_step_tokens: 512, max_sequences: 16, ..Scheduler::default() },
+        }
     }
 }
 
@@ -285,7 +289,7 @@ mod tests {
             ScoreRequest { inputs: inputs(), continuation: Some(vec![3]) },
         ];
         for (chunk, max_step_tokens, max_sequences) in [(128, 512, 16), (1, 512, 16), (2, 3, 2), (3, 1, 1)] {
-            let scheduler = Scheduler { max_step_tokens, max_sequences };
+            let scheduler = Scheduler { max_step_tokens, max_sequences, ..Scheduler::default() };
             let scored = score(&model, &requests, &ScoreOptions { top: 1, chunk, scheduler }).unwrap();
             assert_close(&scored[0].logprobs, &expected(&model, &prompt, 1));
             assert_eq!(scored[0].token_ids, inputs().token_ids);
@@ -308,8 +312,7 @@ mod tests {
         let shared =
             score_continuations(&sharing, &inputs(), &continuations, &ScoreOptions::default()).unwrap();
         assert_eq!(shared, separate);
-        let fed =
-            |model: &StubModel| model.steps.borrow().iter().flatten().map(|(count, _)| count).sum::<usize>();
+        let fed = |model: &StubModel| model.steps().iter().flatten().map(|(count, _)| count).sum::<usize>();
         assert!(fed(&sharing) < fed(&model), "the prompt is read once");
         let one_token = SequenceInputs { token_ids: vec![1], image_index: vec![None], images: Vec::new() };
         assert_eq!(

@@ -1,8 +1,8 @@
 //! One answer by greedy search or sampling: chooses its tokens and knows when it is done.
 
 use super::{
-    Completion, CustomProcessor, FinishReason, GenerateError, GenerationConfig, LogitsProcessors,
-    TokenLogprob,
+    Completion, FinishReason, GenerateError, GenerationConfig, LogitsProcessors, TokenLogprob,
+    request::OwnedRule,
     sampler::{self, LogNormalizer, SequenceRng},
     stopping::StopRules,
     stream::{Decode, TextStream},
@@ -11,7 +11,7 @@ use super::{
 /// What all answers to one prompt share.
 pub(crate) struct Rules<'a> {
     pub(crate) processors: LogitsProcessors,
-    pub(crate) custom: Option<CustomProcessor<'a>>,
+    pub(crate) custom: Option<OwnedRule<'a>>,
     pub(crate) stop: StopRules,
     pub(crate) logprobs: Option<usize>,
 }
@@ -73,7 +73,7 @@ impl<'a> Sequence<'a> {
         logits: &[f32],
     ) -> Result<Chosen, GenerateError> {
         let mut scores = logits.to_vec();
-        rules.processors.process(history, &mut scores, rules.custom)?;
+        rules.processors.process(history, &mut scores, rules.custom.as_deref())?;
         let choice = match &mut self.rng {
             None => sampler::argmax(&scores),
             Some(rng) => rng.draw(&scores),

@@ -1,6 +1,6 @@
 //! What generation needs of a model, so that its policies can be tested on a stub.
 
-use crate::SequenceInputs;
+use crate::{SequenceInputs, processor::PixelValues};
 
 /// Which positions of a row to turn into logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,9 +26,11 @@ pub struct Row<'a, C> {
 }
 
 /// A model that reads sequences step by step. Rows of one step share nothing: a row's result is the same in
-/// any batch.
+/// any batch, in any chunks, and behind any way its cache came to be.
 pub trait StepModel {
-    /// Everything remembered of one sequence: keys, values, image states. A clone is another beam.
+    /// One picture that was read: what a cache needs to look at it. A clone is shared, not copied.
+    type Image: Clone;
+    /// What is remembered of one sequence: keys, values, its pictures. A clone is another branch.
     type Cache: Clone;
     /// Why a step can fail.
     type Error: std::error::Error + Send + Sync + 'static;
@@ -39,9 +41,41 @@ pub trait StepModel {
     /// Longest sequence in tokens, prompt and answer together.
     fn max_positions(&self) -> usize;
 
-    /// Reads the pictures of a sequence and returns its empty cache.
-    fn start(&self, inputs: &SequenceInputs) -> Result<Self::Cache, Self::Error>;
+    /// Reads pictures.
+    fn encode_images(&self, images: &[&PixelValues]) -> Result<Vec<Self::Image>, Self::Error>;
 
-    /// Feeds all rows; returns for each row its logits `[n, vocab_size]`, row-major, `n` by [`LogitsOf`].
+    /// The empty cache of a sequence with these pictures.
+    fn new_cache(&self, images: Vec<Self::Image>) -> Self::Cache;
+
+    /// Forgets all but the first `tokens` tokens; also what a step that failed half-way left behind them.
+    fn truncate(&self, cache: &mut Self::Cache, tokens: usize);
+
+    /// A copy of the first `tokens` tokens.
+    fn copy_prefix(&self, cache: &Self::Cache, tokens: usize) -> Self::Cache {
+        let mut copy = cache.clone();
+        self.truncate(&mut copy, tokens);
+        copy
+    }
+
+    /// Gives a cache other pictures. What it remembers of its tokens stays.
+    fn set_images(&self, cache: &mut Self::Cache, images: Vec<Self::Image>);
+
+    /// Bytes that a cache of so many tokens takes, pictures not counted.
+    fn cache_bytes(&self, tokens: usize) -> usize;
+
+    /// Bytes that a picture takes once it is read.
+    fn image_bytes(&self, image: &PixelValues) -> usize;
+
+    /// Bytes of the weights, which want to stay in memory beside all caches.
+    fn weight_bytes(&self) -> usize;
+
+    /// Feeds all rows; returns for each row its logits `[n, vocab_size]`, row-major, `n` by [`LogitsOf`]. After an
+    /// error caches may have grown in part; [`truncate`](Self::truncate) puts them right.
     fn step(&self, rows: &mut [Row<'_, Self::Cache>]) -> Result<Vec<Vec<f32>>, Self::Error>;
+
+    /// Reads the pictures of a sequence and returns its empty cache.
+    fn start(&self, inputs: &SequenceInputs) -> Result<Self::Cache, Self::Error> {
+        let images: Vec<&PixelValues> = inputs.images.iter().map(AsRef::as_ref).collect();
+        Ok(self.new_cache(self.encode_images(&images)?))
+    }
 }

@@ -39,14 +39,19 @@ impl FinishReason {
 pub(crate) struct StopRules {
     eos: Vec<u32>,
     max_length: usize,
+    max_time: Option<Duration>,
     deadline: Option<Instant>,
 }
 
 impl StopRules {
-    pub(crate) fn new(config: &GenerationConfig, lengths: Lengths, start: Instant) -> Self {
-        let deadline =
-            config.max_time.and_then(|seconds| start.checked_add(Duration::from_secs_f64(seconds)));
-        Self { eos: config.eos_token_ids.clone(), max_length: lengths.max, deadline }
+    pub(crate) fn new(config: &GenerationConfig, lengths: Lengths) -> Self {
+        let max_time = config.max_time.map(Duration::from_secs_f64);
+        Self { eos: config.eos_token_ids.clone(), max_length: lengths.max, max_time, deadline: None }
+    }
+
+    /// The time runs from now on.
+    pub(crate) fn start(&mut self, now: Instant) {
+        self.deadline = self.max_time.and_then(|time| now.checked_add(time));
     }
 
     /// Whether a sequence that now has `length` tokens, `last` at its end, is done.
@@ -181,11 +186,13 @@ mod tests {
             GenerationConfig { eos_token_ids: vec![2, 5], max_time: Some(1e-9), ..Default::default() };
         let lengths = Lengths { prompt: 1, min: 0, max: 10 };
         let start = Instant::now().checked_sub(Duration::from_secs(1)).unwrap();
-        let rules = StopRules::new(&config, lengths, start);
+        let mut rules = StopRules::new(&config, lengths);
+        rules.start(start);
         assert_eq!(rules.check(10, 5), Some(FinishReason::EndToken(5)));
         assert_eq!(rules.check(10, 6), Some(FinishReason::Length));
         assert_eq!(rules.check(9, 6), Some(FinishReason::Time));
-        let patient = StopRules::new(&GenerationConfig { max_time: None, ..config }, lengths, start);
+        let mut patient = StopRules::new(&GenerationConfig { max_time: None, ..config }, lengths);
+        patient.start(start);
         assert_eq!(patient.check(9, 6), None);
     }
 }

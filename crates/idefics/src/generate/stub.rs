@@ -1,10 +1,10 @@
 //! A model whose logits are a hash of everything it has read, and a tokenizer of bytes: what the policies of
 //! generation are tested on. `reference/idefics_fixtures/stub.py` has the same model for transformers.
 
-use std::cell::RefCell;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{Decode, LogitsOf, Row, StepModel};
-use crate::SequenceInputs;
+use crate::processor::PixelValues;
 
 /// Written by instruct models at the end of a turn; the only special token of the stub tokenizer.
 pub(crate) const END_OF_UTTERANCE: u32 = 256;
@@ -14,22 +14,46 @@ pub(crate) struct StubModel {
     pub(crate) vocab_size: usize,
     pub(crate) max_positions: usize,
     /// The rows of each step: tokens fed and logits asked for.
-    pub(crate) steps: RefCell<Vec<Vec<(usize, LogitsOf)>>>,
+    pub(crate) steps: Mutex<Vec<Vec<(usize, LogitsOf)>>>,
+    /// The pictures that were read, by their first values.
+    pub(crate) pictures: Mutex<Vec<f32>>,
 }
 
 /// What was read: tokens and the pictures they saw.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StubCache {
     history: Vec<(u32, Option<u32>)>,
+    images: Vec<u32>,
 }
 
+/// What the stub refuses to read.
 #[derive(Debug, thiserror::Error)]
-#[error("a step needs at least one token in each row")]
-pub(crate) struct EmptyRow;
+pub(crate) enum StubError {
+    #[error("a step needs at least one token in each row")]
+    EmptyRow,
+    #[error("the stub fails at token {BAD_TOKEN}")]
+    BadToken,
+    #[error("the stub cannot see negative pictures")]
+    BadPicture,
+}
+
+/// The stub fails where a sequence has this token, behind the tokens before it.
+pub(crate) const BAD_TOKEN: u32 = 666;
+
+/// The stub panics at this one.
+pub(crate) const PANIC_TOKEN: u32 = 667;
 
 impl StubModel {
     pub(crate) fn new(vocab_size: usize) -> Self {
-        Self { vocab_size, max_positions: 64, steps: RefCell::default() }
+        Self { vocab_size, max_positions: 64, steps: Mutex::default(), pictures: Mutex::default() }
+    }
+
+    pub(crate) fn steps(&self) -> MutexGuard<'_, Vec<Vec<(usize, LogitsOf)>>> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn pictures(&self) -> MutexGuard<'_, Vec<f32>> {
+        self.pictures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Logits `[vocab]` after `history`.
@@ -58,8 +82,10 @@ fn splitmix(seed: u64) -> u64 {
 }
 
 impl StepModel for StubModel {
+    /// Stands for the content of the picture.
+    type Image = u32;
     type Cache = StubCache;
-    type Error = EmptyRow;
+    type Error = StubError;
 
     fn vocab_size(&self) -> usize {
         self.vocab_size
@@ -69,19 +95,56 @@ impl StepModel for StubModel {
         self.max_positions
     }
 
-    fn start(&self, _inputs: &SequenceInputs) -> Result<StubCache, EmptyRow> {
-        Ok(StubCache::default())
+    fn encode_images(&self, images: &[&PixelValues]) -> Result<Vec<u32>, StubError> {
+        let encode = |image: &&PixelValues| match image.data[0] {
+            value if value < 0.0 => Err(StubError::BadPicture),
+            value => Ok(value.to_bits()),
+        };
+        let encoded = images.iter().map(encode).collect::<Result<_, _>>()?;
+        self.pictures().extend(images.iter().map(|image| image.data[0]));
+        Ok(encoded)
     }
 
-    fn step(&self, rows: &mut [Row<'_, StubCache>]) -> Result<Vec<Vec<f32>>, EmptyRow> {
-        self.steps.borrow_mut().push(rows.iter().map(|row| (row.token_ids.len(), row.logits)).collect());
+    fn new_cache(&self, images: Vec<u32>) -> StubCache {
+        StubCache { history: Vec::new(), images }
+    }
+
+    fn truncate(&self, cache: &mut StubCache, tokens: usize) {
+        cache.history.truncate(tokens);
+    }
+
+    fn set_images(&self, cache: &mut StubCache, images: Vec<u32>) {
+        cache.images = images;
+    }
+
+    fn cache_bytes(&self, tokens: usize) -> usize {
+        tokens
+    }
+
+    fn image_bytes(&self, _image: &PixelValues) -> usize {
+        10
+    }
+
+    fn weight_bytes(&self) -> usize {
+        0
+    }
+
+    fn step(&self, rows: &mut [Row<'_, StubCache>]) -> Result<Vec<Vec<f32>>, StubError> {
+        self.steps().push(rows.iter().map(|row| (row.token_ids.len(), row.logits)).collect());
         let read = |row: &mut Row<'_, StubCache>| {
             if row.token_ids.is_empty() {
-                return Err(EmptyRow);
+                return Err(StubError::EmptyRow);
             }
             let mut logits = Vec::new();
             for (index, (&token, &image)) in row.token_ids.iter().zip(row.image_index).enumerate() {
-                row.cache.history.push((token, image));
+                match token {
+                    BAD_TOKEN => return Err(StubError::BadToken),
+                    PANIC_TOKEN => panic!("the stub panics at token {PANIC_TOKEN}"),
+                    _ => {}
+                }
+                // Without pictures their place stands for them, as in the reference's stub.
+                let seen = image.map(|image| row.cache.images.get(image as usize).copied().unwrap_or(image));
+                row.cache.history.push((token, seen));
                 let is_last = index + 1 == row.token_ids.len();
                 if row.logits == LogitsOf::All || (row.logits == LogitsOf::Last && is_last) {
                     logits.extend(self.logits(&row.cache.history));

@@ -39,6 +39,21 @@ impl SequenceCache {
         &self.images
     }
 
+    /// Forgets all but the first `tokens` tokens, whose keys and values have `width` elements each.
+    pub(super) fn truncate(&mut self, tokens: usize, width: usize) {
+        self.n_tokens = self.n_tokens.min(tokens);
+        for layer in &mut self.layers {
+            layer.truncate(self.n_tokens, width);
+        }
+    }
+
+    /// A cache of the first `tokens` tokens, whose keys and values have `width` elements each.
+    pub(super) fn copy_prefix(&self, tokens: usize, width: usize) -> Self {
+        let n_tokens = self.n_tokens.min(tokens);
+        let layers = self.layers.iter().map(|layer| layer.copy_rows(n_tokens, width)).collect();
+        Self { n_tokens, layers, images: self.images.clone() }
+    }
+
     /// Bytes of keys and values of the tokens; pictures not counted.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(KeyValues::bytes).sum()

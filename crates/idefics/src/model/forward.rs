@@ -14,7 +14,6 @@ use super::{
     vision::VisionTransformer,
 };
 use crate::{
-    SequenceInputs,
     config::IdeficsConfig,
     generate::{LogitsOf, Row, StepModel},
     ops::{self, Context, KeyValues, Linear, RmsNorm, RotaryTable, Tensor},
@@ -233,6 +232,7 @@ impl Model {
 }
 
 impl StepModel for Model {
+    type Image = Arc<ImageStates>;
     type Cache = SequenceCache;
     type Error = ModelError;
 
@@ -244,9 +244,36 @@ impl StepModel for Model {
         self.config.max_position_embeddings
     }
 
-    fn start(&self, inputs: &SequenceInputs) -> Result<SequenceCache, ModelError> {
-        let images: Vec<&PixelValues> = inputs.images.iter().map(AsRef::as_ref).collect();
-        Ok(self.new_cache(self.encode_images(&images)?))
+    fn encode_images(&self, images: &[&PixelValues]) -> Result<Vec<Arc<ImageStates>>, ModelError> {
+        self.encode_images(images)
+    }
+
+    fn new_cache(&self, images: Vec<Arc<ImageStates>>) -> SequenceCache {
+        self.new_cache(images)
+    }
+
+    fn truncate(&self, cache: &mut SequenceCache, tokens: usize) {
+        cache.truncate(tokens, self.config.hidden_size);
+    }
+
+    fn copy_prefix(&self, cache: &SequenceCache, tokens: usize) -> SequenceCache {
+        cache.copy_prefix(tokens, self.config.hidden_size)
+    }
+
+    fn set_images(&self, cache: &mut SequenceCache, images: Vec<Arc<ImageStates>>) {
+        cache.images = images;
+    }
+
+    fn cache_bytes(&self, tokens: usize) -> usize {
+        self.bytes_of_tokens(tokens)
+    }
+
+    fn image_bytes(&self, image: &PixelValues) -> usize {
+        self.bytes_of_image(image)
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.step_weight_bytes()
     }
 
     fn step(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Vec<Vec<f32>>, ModelError> {

@@ -14,6 +14,9 @@ use super::{
     with_slice,
 };
 
+/// Rows by which keys and values grow.
+pub const GROWTH_ROWS: usize = 64;
+
 /// Keys and values of one sequence and one layer, `[S, H·K]` each; they grow as tokens come.
 ///
 /// Kept as bf16 when the model computes in bf16, as the reference keeps them.
@@ -56,6 +59,18 @@ impl KeyValues {
         self.values.append(values, first, count)
     }
 
+    /// The first `rows` rows of `width` elements alone; those behind them are forgotten.
+    pub fn truncate(&mut self, rows: usize, width: usize) {
+        self.keys.truncate(rows * width);
+        self.values.truncate(rows * width);
+    }
+
+    /// A copy of the first `rows` rows of `width` elements.
+    #[must_use]
+    pub fn copy_rows(&self, rows: usize, width: usize) -> Self {
+        Self { keys: self.keys.copy(rows * width), values: self.values.copy(rows * width) }
+    }
+
     /// Bytes that the rows take.
     pub fn bytes(&self) -> usize {
         self.keys.bytes() + self.values.bytes()
@@ -68,11 +83,31 @@ impl Buffer {
             let width = dims[1];
             let new = &rows[first * width..(first + count) * width];
             match self {
-                Self::F32(data) => data.extend_from_slice(new),
-                Self::Bf16(data) => data.extend(new.iter().map(|value| bf16::from_f32(*value))),
+                Self::F32(data) => {
+                    grow(data, new.len(), width);
+                    data.extend_from_slice(new);
+                }
+                Self::Bf16(data) => {
+                    grow(data, new.len(), width);
+                    data.extend(new.iter().map(|value| bf16::from_f32(*value)));
+                }
             }
             Ok(())
         })
+    }
+
+    fn truncate(&mut self, len: usize) {
+        match self {
+            Self::F32(data) => data.truncate(len),
+            Self::Bf16(data) => data.truncate(len),
+        }
+    }
+
+    fn copy(&self, len: usize) -> Self {
+        match self {
+            Self::F32(data) => Self::F32(data[..len].to_vec()),
+            Self::Bf16(data) => Self::Bf16(data[..len].to_vec()),
+        }
     }
 
     fn rows(&self) -> Rows<'_> {
@@ -87,6 +122,16 @@ impl Buffer {
             Self::F32(data) => size_of_val(data.as_slice()),
             Self::Bf16(data) => size_of_val(data.as_slice()),
         }
+    }
+}
+
+/// Makes room for `new` more elements: exactly so many at first, since keys and values of a picture never grow,
+/// then in blocks of [`GROWTH_ROWS`] rows. Doubling would take up to twice the memory that was counted.
+fn grow<T>(data: &mut Vec<T>, new: usize, width: usize) {
+    let needed = data.len() + new;
+    if needed > data.capacity() {
+        let block = if data.is_empty() { 1 } else { GROWTH_ROWS * width.max(1) };
+        data.reserve_exact(needed.next_multiple_of(block) - data.len());
     }
 }
 

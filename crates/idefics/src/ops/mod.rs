@@ -13,7 +13,7 @@ mod loss;
 mod row_ops;
 mod tape;
 
-pub use attention::{KeyValues, Span, attention_with_cache, attention_within};
+pub use attention::{GROWTH_ROWS, KeyValues, Span, attention_with_cache, attention_within};
 pub use candle_core::Tensor;
 pub use gradient::Gradient;
 pub use idefics_kernels::backward::Job as AttentionGroup;

@@ -28,7 +28,7 @@ pub use padded::{PaddedInputs, Padding, PaddingSide};
 pub use prompt::{
     AddEndOfUtterance, END_OF_UTTERANCE, FAKE_TOKEN_AROUND_IMAGE, IMAGE_TOKEN, SpecialToken, SpecialTokens,
 };
-pub use tokenizer::{DecodeStream, SpecialTokenText, Tokenizer};
+pub use tokenizer::{DecodeStream, SpecialTokenText, Tokenizer, id_bound_of};
 pub use types::{ImageHash, ImageSource, PixelValues, Prompt, Segment, SequenceInputs};
 
 use padded::Row;

@@ -59,6 +59,18 @@ pub enum WriteError {
     },
 }
 
+impl WriteError {
+    /// A file that cannot be read, with what the system says.
+    pub fn cannot_read(path: &Path, source: io::Error) -> Self {
+        io_error("read", path)(source)
+    }
+
+    /// A file that cannot be written, with what the system says.
+    pub fn cannot_write(path: &Path, source: io::Error) -> Self {
+        io_error("write", path)(source)
+    }
+}
+
 /// Wraps what the system says about a file.
 pub(crate) fn io_error(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> WriteError {
     let path = path.to_owned();

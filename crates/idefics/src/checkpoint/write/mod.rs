@@ -100,20 +100,7 @@ impl CheckpointWriter {
         let shards = split(tensors, self.max_shard_bytes, |tensor| tensor.num_bytes());
         let names: Vec<String> = (0..shards.len()).map(|index| shard_name(index, shards.len())).collect();
         for (name, shard) in names.iter().zip(&shards) {
-            let path = self.partial.join(name);
-            let write = |file: &mut BufWriter<File>| -> Result<(), E> {
-                let header = file_header(shard.iter().map(|tensor| tensor.piece()));
-                file.write_all(&header).map_err(io_error("write", &path))?;
-                for tensor in shard {
-                    let weight = weight(tensor)?;
-                    assert_eq!(weight.shape(), tensor.shape, "{}: shape", tensor.name);
-                    let rounded = weight.to_dtype(tensor.dtype);
-                    file.write_all(rounded.bytes()).map_err(io_error("write", &path))?;
-                    weight.release_pages();
-                }
-                Ok(())
-            };
-            write_whole(&path, write, |_| Ok(()))?;
+            self.write_shard(name, shard, &mut weight)?;
         }
         if shards.len() > 1 {
             let pieces = |shard: &Vec<&TensorSpec>| shard.iter().map(|tensor| tensor.piece()).collect();
@@ -121,6 +108,40 @@ impl CheckpointWriter {
             write_json(&self.partial.join(INDEX_FILE), &index(files))?;
         }
         Ok(())
+    }
+
+    /// Writes one file of weights that is called otherwise than a model's; `weight` is asked as in
+    /// [`write_weights`](Self::write_weights).
+    pub fn write_file_of_weights<E: From<WriteError>>(
+        &self,
+        name: &str,
+        tensors: &[TensorSpec],
+        mut weight: impl FnMut(&TensorSpec) -> Result<Weight, E>,
+    ) -> Result<(), E> {
+        let tensors: Vec<&TensorSpec> = tensors.iter().collect();
+        self.write_shard(name, &tensors, &mut weight)
+    }
+
+    fn write_shard<E: From<WriteError>>(
+        &self,
+        name: &str,
+        tensors: &[&TensorSpec],
+        weight: &mut impl FnMut(&TensorSpec) -> Result<Weight, E>,
+    ) -> Result<(), E> {
+        let path = self.partial.join(name);
+        let write = |file: &mut BufWriter<File>| -> Result<(), E> {
+            let header = file_header(tensors.iter().map(|tensor| tensor.piece()));
+            file.write_all(&header).map_err(io_error("write", &path))?;
+            for tensor in tensors {
+                let weight = weight(tensor)?;
+                assert_eq!(weight.shape(), tensor.shape, "{}: shape", tensor.name);
+                let rounded = weight.to_dtype(tensor.dtype);
+                file.write_all(rounded.bytes()).map_err(io_error("write", &path))?;
+                weight.release_pages();
+            }
+            Ok(())
+        };
+        write_whole(&path, write, |_| Ok(()))
     }
 
     /// Writes one of the other files.

@@ -33,6 +33,16 @@ pub enum SpecialTokenText {
     Keep,
 }
 
+/// One more than the largest id of the tokenizer in a directory, which may belong to any model: nothing is expected
+/// of its tokens.
+pub fn id_bound_of(dir: &Path) -> Result<u32, TokenizerError> {
+    Ok(id_bound(&files::load(dir)?.tokenizer))
+}
+
+fn id_bound(tokenizer: &tokenizers::Tokenizer) -> u32 {
+    tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1))
+}
+
 /// Text to token ids and back.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -63,7 +73,7 @@ impl Tokenizer {
             image: need(IMAGE_TOKEN)?,
             end_of_utterance: find(END_OF_UTTERANCE),
         };
-        let id_bound = inner.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1));
+        let id_bound = id_bound(&inner);
         Ok(Self { inner, legacy_llama, special_tokens, id_bound })
     }
 

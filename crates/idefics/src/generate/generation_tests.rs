@@ -1,10 +1,10 @@
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Deserialize;
 
 use super::*;
 use crate::generate::{
-    EarlyStopping, padded,
+    Completion, EarlyStopping, FinishReason, LogitsOf, Usage, padded,
     stub::{ByteTokenizer, END_OF_UTTERANCE, StubModel},
 };
 
@@ -116,7 +116,7 @@ fn chunks_caches_and_schedules_change_nothing() {
         let prompts = prompts();
         let requests: Vec<_> = prompts.iter().map(|inputs| Request::new(inputs, &config)).collect();
         for (max_step_tokens, max_sequences) in [(1, 64), (4, 2), (2048, 1)] {
-            let scheduler = Scheduler { max_step_tokens, max_sequences };
+            let scheduler = Scheduler { max_step_tokens, max_sequences, ..Scheduler::default() };
             let tight = Generation::new(&model, Some(&ByteTokenizer), &requests, scheduler).unwrap();
             assert_eq!(answers(&tight.finish().unwrap()), answers(&expected), "{scheduler:?}");
         }
@@ -128,7 +128,7 @@ fn steps_hold_all_that_is_alive_and_no_needless_logits() {
     let model = StubModel::new(VOCAB);
     let config = GenerationConfig { max_new_tokens: Some(2), prefill_chunk: 5, ..Default::default() };
     run(&model, &prompts(), &config);
-    let steps = model.steps.borrow();
+    let steps = model.steps();
     let expected = [
         // Waiting for one token first in the plan, yet rows keep their order.
         vec![(3, LogitsOf::Last), (5, LogitsOf::Nothing), (1, LogitsOf::Last)],
@@ -408,7 +408,7 @@ fn bad_requests_are_refused_before_anything_runs() {
     let config = GenerationConfig::default();
     let refused = |decoder: Option<&dyn Decode>, inputs: &[SequenceInputs], config: &GenerationConfig| {
         let error = generate(&model, decoder, inputs, config, |_| ControlFlow::Continue(())).unwrap_err();
-        assert!(model.steps.borrow().is_empty());
+        assert!(model.steps().is_empty());
         error.to_string()
     };
     let good = inputs(&[1]);
@@ -427,6 +427,6 @@ fn counts_and_no_prompts() {
     let model = StubModel::new(VOCAB);
     let config = GenerationConfig { max_new_tokens: Some(4), ..Default::default() };
     let generated = run(&model, &prompts(), &config);
-    assert_eq!(generated[1].usage, Usage { prompt_tokens: 8, images: 0, generated_tokens: 4 });
+    assert_eq!(generated[1].usage, Usage { prompt_tokens: 8, generated_tokens: 4, ..Usage::default() });
     assert!(run(&model, &[], &config).is_empty());
 }
