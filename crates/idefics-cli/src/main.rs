@@ -27,30 +27,40 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Generate(Box<commands::generate::Args>),
+    Chat(Box<commands::chat::Args>),
     Caption(Box<commands::caption::Args>),
     Ask(Box<commands::ask::Args>),
     Classify(commands::classify::Args),
     Score(commands::score::Args),
     Inspect(commands::inspect::Args),
+    Serve(Box<commands::serve::Args>),
     Quantize(commands::quantize::Args),
     Init(Box<commands::init::Args>),
     Merge(commands::merge::Args),
     Bench(commands::bench::Args),
+    Train(Box<commands::train::Args>),
     Download(commands::download::Args),
 }
+
+// Freed memory stays for the next layer; see the dependency in the workspace.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => commands::generate::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
         Command::Caption(args) => commands::caption::run(&args),
         Command::Ask(args) => commands::ask::run(&args),
         Command::Classify(args) => commands::classify::run(&args),
         Command::Score(args) => commands::score::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Serve(args) => commands::serve::run(*args),
         Command::Quantize(args) => commands::quantize::run(&args),
         Command::Init(args) => commands::init::run(&args),
         Command::Merge(args) => commands::merge::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
+        Command::Train(args) => commands::train::run(&args),
         Command::Download(args) => commands::download::run(&args),
     };
     match result {

@@ -142,6 +142,16 @@ impl From<Dtype> for ComputeType {
 }
 
 impl ModelArgs {
+    /// What the command line calls the model.
+    pub(crate) fn name(&self) -> &str {
+        &self.model
+    }
+
+    /// The format that weights are packed in while loading, if any.
+    pub(crate) fn packed_as(&self) -> Option<&'static str> {
+        self.quantize.map(FormatName::as_str)
+    }
+
     /// Finds, downloads and opens the model.
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
         start_threads(self.threads)?;
@@ -162,7 +172,7 @@ impl ModelArgs {
         Ok(Loaded { model, processor, options: self.process_options() })
     }
 
-    fn process_options(&self) -> ProcessOptions {
+    pub(crate) fn process_options(&self) -> ProcessOptions {
         let images = &self.images;
         ProcessOptions {
             add_end_of_utterance: match self.add_end_of_utterance {

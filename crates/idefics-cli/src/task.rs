@@ -3,6 +3,7 @@
 use anyhow::Context;
 use idefics::{
     SequenceInputs,
+    dialogue::Form,
     generate::{Request, Scheduler, generate_requests},
 };
 
@@ -12,7 +13,7 @@ use crate::{
     model::Loaded,
     options::GenerationArgs,
     prompts::image_source,
-    templates::{Form, Task},
+    templates::Task,
 };
 
 /// The text of an answer and why it ended.

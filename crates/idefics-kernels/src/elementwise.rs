@@ -47,6 +47,19 @@ pub fn activate_gate(isa: Isa, activation: Activation, gate: &mut [f32], up: &[f
     parallel::for_each_run(gate, CHUNK, |first, chunk| multiply(isa, chunk, &up[first..first + chunk.len()]));
 }
 
+/// `values ← values + other`. One rounding each, so all tiers give the same bits and none is asked for.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add(values: &mut [f32], other: &[f32]) {
+    assert_eq!(values.len(), other.len(), "both terms must have one length");
+    parallel::for_each_run(values, CHUNK, |first, chunk| {
+        for (value, other) in chunk.iter_mut().zip(&other[first..]) {
+            *value += other;
+        }
+    });
+}
+
 /// `residual ← residual + scale · branch`; `scale` has one element, or one per channel and repeats.
 ///
 /// # Panics

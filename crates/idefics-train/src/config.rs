@@ -1,5 +1,501 @@
-//! stub
-/// e
+//! The configuration of a run: a TOML file, every value of which a flag can replace.
+//!
+//! Unknown fields are errors. Relative paths begin where the command runs, as those of its flags do.
+
+use std::path::{Path, PathBuf};
+
+use idefics::{ComputeType, model::Tape};
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+use crate::{
+    data::{RandomResizedCrop, SequenceConfig, SourceConfig},
+    freeze::Trainable,
+    optim::AdamW,
+    packing::BatchConfig,
+    parameters::Precision,
+    schedule::Shape,
+};
+
+/// Everything that a run depends on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Directory of the model to begin with, or its name on the hub.
+    pub model: String,
+    /// Directory of the run: checkpoints, metrics, samples, the result.
+    pub output: PathBuf,
+    /// Seed of shuffles, crops and dropout.
+    #[serde(default)]
+    pub seed: u64,
+    /// How long, and how it is computed.
+    #[serde(default)]
+    pub run: RunConfig,
+    /// Which weights move.
+    #[serde(default)]
+    pub trainable: Trainable,
+    /// What is learned from.
+    pub data: Vec<SourceConfig>,
+    /// How samples become sequences.
+    #[serde(default)]
+    pub sequence: SequenceConfig,
+    /// How sequences become batches.
+    #[serde(default)]
+    pub batch: BatchConfig,
+    /// Random crops of the pictures, if there are to be any.
+    pub augment: Option<RandomResizedCrop>,
+    /// How weights move.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+    /// The loss on data that is not learned from.
+    #[serde(default)]
+    pub evaluation: EvaluationConfig,
+    /// What is written on the way.
+    #[serde(default)]
+    pub checkpoints: CheckpointConfig,
+    /// Answers of the model on the way.
+    #[serde(default)]
+    pub samples: SamplesConfig,
+    /// What is taken for an accident.
+    #[serde(default)]
+    pub spikes: SpikeConfig,
+    /// Reading ahead, and broken samples.
+    #[serde(default)]
+    pub loading: LoadingConfig,
+}
+
+/// How long a run is, and how it is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunConfig {
+    /// Steps of the optimiser.
+    pub steps: Option<u64>,
+    /// In place of steps: how often each sample is seen.
+    pub epochs: Option<f64>,
+    /// What trained weights are kept as.
+    pub precision: Precision,
+    /// What products are rounded to.
+    pub compute: ComputeName,
+    /// Whether intermediate values are kept for the backward pass or computed twice.
+    pub tape: TapeName,
+}
+
+/// [`ComputeType`] by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeName {
+    /// By the weights.
+    #[default]
+    Auto,
+    /// `f32`.
+    F32,
+    /// bf16 factors, `f32` sums.
+    Bf16,
+}
+
+impl From<ComputeName> for ComputeType {
+    fn from(name: ComputeName) -> Self {
+        match name {
+            ComputeName::Auto => Self::Auto,
+            ComputeName::F32 => Self::F32,
+            ComputeName::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// [`Tape`] by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TapeName {
+    /// Layers run twice; memory is that of one layer.
+    #[default]
+    Recompute,
+    /// Layers run once; memory grows with the depth.
+    Keep,
+}
+
+impl From<TapeName> for Tape {
+    fn from(name: TapeName) -> Self {
+        match name {
+            TapeName::Recompute => Self::Recompute,
+            TapeName::Keep => Self::Keep,
+        }
+    }
+}
+
+/// AdamW and its learning rate.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// The highest learning rate.
+    pub learning_rate: f64,
+    /// The learning rate after the last step, for schedules that fall.
+    pub end_learning_rate: f64,
+    /// How it changes.
+    pub schedule: Shape,
+    /// Steps in which it rises.
+    pub warmup_steps: u64,
+    /// Largest norm of all gradients together; longer ones are scaled down. 0 for no bound.
+    pub clip_norm: f64,
+    /// Weight of the squared log-sum of the logits.
+    pub z_loss: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        let AdamW { beta1, beta2, eps, weight_decay } = AdamW::default();
+        Self {
+            learning_rate: 1e-5,
+            end_learning_rate: 0.0,
+            schedule: Shape::Constant,
+            warmup_steps: 0,
+            clip_norm: 1.0,
+            z_loss: 0.0,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        }
+    }
+}
+
+impl OptimizerConfig {
+    /// The constants of AdamW.
+    pub fn adamw(&self) -> AdamW {
+        let Self { beta1, beta2, eps, weight_decay, .. } = *self;
+        AdamW { beta1, beta2, eps, weight_decay }
+    }
+}
+
+/// Evaluation on the way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluationConfig {
+    /// Share of the training data that is kept for evaluation.
+    pub held_out: f64,
+    /// Data of its own for evaluation.
+    pub data: Vec<SourceConfig>,
+    /// Steps between two evaluations; there is one at the end, too.
+    pub every: u64,
+    /// Most samples of an evaluation.
+    pub max_samples: usize,
+    /// Evaluations without a lower loss after which the run ends; 0 for never.
+    pub patience: u64,
+    /// How much lower a loss must be to count.
+    pub min_delta: f64,
+}
+
+impl Default for EvaluationConfig {
+    fn default() -> Self {
+        Self { held_out: 0.0, data: Vec::new(), every: 100, max_samples: 256, patience: 0, min_delta: 0.0 }
+    }
+}
+
+/// What is written on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// Steps between two checkpoints; there is one at the end, too.
+    pub every: u64,
+    /// How many of the newest are kept; the best one is kept besides.
+    pub keep: usize,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self { every: 200, keep: 2 }
+    }
+}
+
+/// Answers on the way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SamplesConfig {
+    /// Steps between two rounds of answers.
+    pub every: u64,
+    /// Most tokens of an answer.
+    pub max_new_tokens: usize,
+    /// What is asked.
+    pub prompts: Vec<Vec<PromptPart>>,
+}
+
+impl Default for SamplesConfig {
+    fn default() -> Self {
+        Self { every: 100, max_new_tokens: 30, prompts: Vec::new() }
+    }
+}
+
+/// A part of a prompt: `{ text = ".." }` or `{ image = ".." }`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PromptPart {
+    /// Words.
+    Text(String),
+    /// A file.
+    Image(PathBuf),
+}
+
+/// What is taken for an accident of training.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SpikeConfig {
+    /// A loss above this multiple of the running mean is one, if it is also `sigmas` above; 0 for none.
+    pub factor: f64,
+    /// Standard deviations above the running mean.
+    pub sigmas: f64,
+    /// Steps before anything is compared with a mean.
+    pub warmup_steps: u64,
+    /// Accidents in a row after which the run goes back to its last checkpoint.
+    pub patience: u64,
+}
+
+impl Default for SpikeConfig {
+    fn default() -> Self {
+        Self { factor: 2.0, sigmas: 8.0, warmup_steps: 50, patience: 3 }
+    }
+}
+
+/// Reading ahead, and broken samples.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoadingConfig {
+    /// Threads that read and decode.
+    pub threads: usize,
+    /// Samples that are read in advance.
+    pub ahead: usize,
+    /// Largest share of broken samples.
+    pub max_broken: f64,
+    /// Most samples of each source that are checked before the run begins.
+    pub check: u64,
+}
+
+impl Default for LoadingConfig {
+    fn default() -> Self {
+        Self { threads: 2, ahead: 64, max_broken: 0.01, check: 50_000 }
+    }
+}
+
+/// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct ConfigError;
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown field, or a value of another kind.
+    #[error("{origin}: {reason}")]
+    Parse {
+        /// The file or flag.
+        origin: String,
+        /// What is wrong, on one line.
+        reason: String,
+    },
+    /// A value that makes no sense.
+    #[error("{field}: expected {expected}, got {got}")]
+    Value {
+        /// Its name.
+        field: &'static str,
+        /// What would make sense.
+        expected: &'static str,
+        /// As it was given.
+        got: String,
+    },
+}
+
+impl TrainConfig {
+    /// Reads a file and puts `overrides` over it: `optimizer.learning_rate=1e-4`, with values as in TOML; what is
+    /// no value of TOML is a text.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&path.display().to_string(), &text, overrides)
+    }
+
+    /// The same of a text.
+    pub fn parse(origin: &str, text: &str, overrides: &[String]) -> Result<Self, ConfigError> {
+        let bad = |error: toml::de::Error| ConfigError::Parse {
+            origin: match error.span() {
+                Some(span) => format!("{origin}, line {}", text[..span.start].matches('\n').count() + 1),
+                None => origin.to_owned(),
+            },
+            reason: error.message().replace('\n', " "),
+        };
+        // Read once as it is, so that an error has its line; and again with what replaces parts of it.
+        let config: Self = if overrides.is_empty() {
+            toml::from_str(text).map_err(bad)?
+        } else {
+            let mut table: Table = text.parse().map_err(bad)?;
+            overrides.iter().try_for_each(|text| set(&mut table, text))?;
+            table.try_into().map_err(bad)?
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let check = |ok: bool, field, expected, got: &dyn std::fmt::Display| {
+            if ok { Ok(()) } else { Err(ConfigError::Value { field, expected, got: got.to_string() }) }
+        };
+        let (run, batch, sequence, optimizer) = (&self.run, &self.batch, &self.sequence, &self.optimizer);
+        check(!self.data.is_empty(), "data", "at least one source", &"none")?;
+        check(
+            run.steps.is_some() != run.epochs.is_some(),
+            "run",
+            "either `steps` or `epochs`",
+            &if run.steps.is_some() { "both" } else { "neither" },
+        )?;
+        check(run.steps != Some(0), "run.steps", "at least 1", &0)?;
+        let epochs = run.epochs.unwrap_or(1.0);
+        check(epochs > 0.0 && epochs.is_finite(), "run.epochs", "a number above 0", &epochs)?;
+        check(sequence.length >= 8, "sequence.length", "at least 8", &sequence.length)?;
+        check(batch.tokens >= sequence.length, "batch.tokens", "at least `sequence.length`", &batch.tokens)?;
+        check(
+            batch.images >= sequence.max_images,
+            "batch.images",
+            "at least `sequence.max_images`",
+            &batch.images,
+        )?;
+        check(batch.sequences != Some(0), "batch.sequences", "at least 1", &0)?;
+        check(batch.accumulation > 0, "batch.accumulation", "at least 1", &0)?;
+        let rate = |rate: f64| rate >= 0.0 && rate.is_finite();
+        check(
+            rate(optimizer.learning_rate),
+            "optimizer.learning_rate",
+            "a number that is not negative",
+            &optimizer.learning_rate,
+        )?;
+        check(
+            rate(optimizer.end_learning_rate),
+            "optimizer.end_learning_rate",
+            "a number that is not negative",
+            &optimizer.end_learning_rate,
+        )?;
+        for (field, beta) in [("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)] {
+            check((0.0..1.0).contains(&beta), field, "a number from 0 to below 1", &beta)?;
+        }
+        check(rate(optimizer.eps), "optimizer.eps", "a number that is not negative", &optimizer.eps)?;
+        check(
+            rate(optimizer.weight_decay),
+            "optimizer.weight_decay",
+            "a number that is not negative",
+            &optimizer.weight_decay,
+        )?;
+        check(
+            rate(optimizer.clip_norm),
+            "optimizer.clip_norm",
+            "a number that is not negative",
+            &optimizer.clip_norm,
+        )?;
+        check(
+            rate(optimizer.z_loss),
+            "optimizer.z_loss",
+            "a number that is not negative",
+            &optimizer.z_loss,
+        )?;
+        check(
+            (0.0..1.0).contains(&self.evaluation.held_out),
+            "evaluation.held_out",
+            "a share from 0 to below 1",
+            &self.evaluation.held_out,
+        )?;
+        check(self.evaluation.every > 0, "evaluation.every", "at least 1", &0)?;
+        check(self.checkpoints.every > 0, "checkpoints.every", "at least 1", &0)?;
+        check(self.checkpoints.keep > 0, "checkpoints.keep", "at least 1", &0)?;
+        check(self.samples.every > 0, "samples.every", "at least 1", &0)?;
+        check(
+            (0.0..=1.0).contains(&self.loading.max_broken),
+            "loading.max_broken",
+            "a share from 0 to 1",
+            &self.loading.max_broken,
+        )?;
+        let sound = self.augment.is_none_or(|augment| augment.is_sound());
+        check(sound, "augment", "ranges above 0, a scale up to 1", &format!("{:?}", self.augment))
+    }
+}
+
+/// Puts one `a.b=value` into a table.
+fn set(table: &mut Table, text: &str) -> Result<(), ConfigError> {
+    let bad = |reason: &str| ConfigError::Parse { origin: text.to_owned(), reason: reason.to_owned() };
+    let (key, value) = text.split_once('=').ok_or_else(|| bad("expected FIELD=VALUE"))?;
+    let (key, value) = (key.trim(), value.trim());
+    // A document of one value is the shortest way to read a value.
+    let parsed = format!("value = {value}").parse::<Table>().ok().and_then(|mut table| table.remove("value"));
+    let value = parsed.unwrap_or_else(|| Value::String(value.to_owned()));
+    let mut parts: Vec<&str> = key.split('.').collect();
+    let last = parts.pop().filter(|last| !last.is_empty()).ok_or_else(|| bad("expected FIELD=VALUE"))?;
+    let mut table = table;
+    for part in parts {
+        let entry = table.entry(part).or_insert_with(|| Value::Table(Table::new()));
+        table = entry.as_table_mut().ok_or_else(|| bad("there are no fields in it"))?;
+    }
+    table.insert(last.to_owned(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORTEST: &str =
+        "model = 'm'\noutput = 'o'\n[run]\nsteps = 10\n[[data]]\nformat = 'jsonl'\npath = 'x'\n";
+
+    fn parse(text: &str, overrides: &[&str]) -> Result<TrainConfig, String> {
+        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        TrainConfig::parse("run.toml", text, &overrides).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_short_file_is_enough() {
+        let config = parse(SHORTEST, &[]).unwrap();
+        assert_eq!(config.optimizer, OptimizerConfig::default());
+        assert_eq!((config.batch.accumulation, config.augment), (1, None));
+        // What a run remembers of its configuration is the whole of it.
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<TrainConfig>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn flags_have_the_last_word() {
+        let overrides = [
+            "optimizer.learning_rate=2e-4",
+            "output = elsewhere/run 1",
+            "augment.scale = [0.8, 1.0]",
+            "trainable.preset=frozen-backbones",
+            "run.steps=5",
+        ];
+        let config = parse(SHORTEST, &overrides).unwrap();
+        assert_eq!((config.optimizer.learning_rate, config.run.steps), (2e-4, Some(5)));
+        assert_eq!(config.output, Path::new("elsewhere/run 1"));
+        assert_eq!(config.augment.unwrap().scale, [0.8, 1.0]);
+        assert!(parse(SHORTEST, &["steps"]).unwrap_err().contains("FIELD=VALUE"));
+        assert!(parse(SHORTEST, &["model.x=1"]).unwrap_err().contains("no fields in it"));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let check = |addition: &str, expected: &str| {
+            let error = parse(&format!("{SHORTEST}{addition}"), &[]).unwrap_err();
+            assert!(error.contains(expected), "{addition}: {error}");
+        };
+        check("[optimiser]\n", "run.toml, line 8: unknown field `optimiser`");
+        check("[optimizer]\nlr = 1\n", "line 9: unknown field `lr`");
+        check("[batch]\ntokens = 'many'\n", "line 9: invalid type");
+        check("[batch]\ntokens = 10\n", "batch.tokens: expected at least `sequence.length`, got 10");
+        check("[evaluation]\nheld_out = 1.5\n", "evaluation.held_out: expected a share");
+        check("[augment]\nscale = [0.5, 2.0]\n", "augment: expected ranges");
+        let neither = parse(&SHORTEST.replace("steps = 10", ""), &[]).unwrap_err();
+        assert_eq!(neither, "run: expected either `steps` or `epochs`, got neither");
+    }
+}

@@ -2,7 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use idefics::{checkpoint::CheckpointError, model::ModelError, processor::ProcessorError};
+use idefics::{
+    checkpoint::{CheckpointError, WriteError},
+    generate::GenerateError,
+    model::ModelError,
+    processor::ProcessorError,
+};
 
 use crate::{config::ConfigError, data::DataError, freeze::UnknownModuleType};
 
@@ -24,6 +29,12 @@ pub enum TrainError {
     /// The tokenizer or the image settings.
     #[error(transparent)]
     Processor(#[from] ProcessorError),
+    /// A checkpoint cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// An answer of the model in training.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
     /// A freeze flag of the configuration.
     #[error(transparent)]
     Freeze(#[from] UnknownModuleType),

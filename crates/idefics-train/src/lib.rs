@@ -6,17 +6,23 @@
 //! writes low-rank factors.
 
 pub mod adapter;
+pub mod check;
 pub mod config;
 pub mod data;
 pub mod error;
 pub mod freeze;
 pub mod init;
-pub mod interface;
+pub mod learner;
+pub mod metrics;
 pub mod optim;
 pub mod packing;
 pub mod parameters;
 pub mod random;
 mod rng;
 pub mod schedule;
+pub mod spikes;
+pub mod state;
+pub mod stream;
+pub mod trainer;
 
 pub use error::TrainError;

@@ -4,9 +4,10 @@
 //! no sequence sees another, so packing changes no number. What a batch is bounded by is memory (tokens and
 //! pictures) or taste (sequences).
 
+use idefics::model::TrainingSequence;
 use serde::{Deserialize, Serialize};
 
-use crate::{data::MixturePosition, interface::TrainingSequence};
+use crate::data::MixturePosition;
 
 /// Bounds of one pass through the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

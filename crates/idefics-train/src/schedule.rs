@@ -3,10 +3,10 @@
 //! Reference: transformers `optimization.py`, `get_*_schedule_with_warmup`; the end that is not zero is that of
 //! the model card of IDEFICS ("LR start → end").
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The shape of the curve behind the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Shape {
     /// The peak, always.

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use idefics::generate::{ScoreOptions, Scored, score_continuations};
+use idefics::{
+    dialogue::Form,
+    generate::{ScoreOptions, Scored, score_continuations},
+};
 use serde_json::json;
 
 use crate::{
@@ -12,7 +15,7 @@ use crate::{
     images::{self, Record, RecordArgs},
     model::{Loaded, ModelArgs},
     prompts::image_source,
-    templates::{Form, Task},
+    templates::Task,
 };
 
 /// Rank labels by how likely the model finds them for a picture

@@ -8,11 +8,11 @@ use rayon::prelude::*;
 
 use super::product::{View, add_product};
 use crate::{
-    Isa,
+    Isa, Tier,
     attention::{Heads, Visible},
-    isa::multiversion,
     math::{exp, sum_by},
     parallel::SharedMut,
+    simd::{Simd, portable::Portable},
 };
 
 /// Queries whose scores are in memory at a time.
@@ -125,12 +125,48 @@ impl Keys {
     }
 }
 
-multiversion! {
-    fn block_gradients(keys: &Keys, block: &Block<'_>, dq: &mut [f32], sums: &mut KeySums) = block_body
+fn block_gradients(isa: Isa, keys: &Keys, block: &Block<'_>, dq: &mut [f32], sums: &mut KeySums) {
+    // SAFETY: an `Isa` of a tier exists only if the processor has it.
+    unsafe {
+        match isa.tier() {
+            Tier::Portable => block_body::<Portable, false>(keys, block, dq, sums),
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx2 => avx2(keys, block, dq, sums),
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512 | Tier::Avx512Bf16 => avx512(keys, block, dq, sums),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("only the portable tier exists here"),
+        }
+    }
 }
 
+/// # Safety
+/// The processor has AVX2, FMA and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn avx2(keys: &Keys, block: &Block<'_>, dq: &mut [f32], sums: &mut KeySums) {
+    // SAFETY: passed on.
+    unsafe { block_body::<crate::simd::avx2::Avx2, true>(keys, block, dq, sums) }
+}
+
+/// # Safety
+/// The processor has AVX-512 F, BW, DQ and VL.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn avx512(keys: &Keys, block: &Block<'_>, dq: &mut [f32], sums: &mut KeySums) {
+    // SAFETY: passed on.
+    unsafe { block_body::<crate::simd::avx512::Avx512, true>(keys, block, dq, sums) }
+}
+
+/// # Safety
+/// The processor has the instruction set of `S`.
 #[inline(always)]
-fn block_body<const FMA: bool>(keys: &Keys, block: &Block<'_>, dq: &mut [f32], sums: &mut KeySums) {
+unsafe fn block_body<S: Simd, const FMA: bool>(
+    keys: &Keys,
+    block: &Block<'_>,
+    dq: &mut [f32],
+    sums: &mut KeySums,
+) {
     let (dim, stride) = (keys.dim, keys.count);
     let n_queries = block.q.len() / dim;
     let limit = |query: usize| match block.visible {
@@ -141,9 +177,15 @@ fn block_body<const FMA: bool>(keys: &Keys, block: &Block<'_>, dq: &mut [f32], s
     let by_query = |data| View { data, row_stride: dim, column_stride: 1 };
 
     let mut weights = vec![0.0; n_queries * n]; // softmax, [T, S]
-    add_product::<FMA>((n_queries, n, dim), by_query(block.q), &keys.keys_t, stride, &mut weights, n);
+    // SAFETY: passed on.
+    unsafe {
+        add_product::<S>((n_queries, n, dim), by_query(block.q), &keys.keys_t, stride, &mut weights, n)
+    };
     let mut slopes = vec![0.0; n_queries * n]; // gradient of the weights, then of the scores: [T, S]
-    add_product::<FMA>((n_queries, n, dim), by_query(block.dy), &keys.values_t, stride, &mut slopes, n);
+    // SAFETY: passed on.
+    unsafe {
+        add_product::<S>((n_queries, n, dim), by_query(block.dy), &keys.values_t, stride, &mut slopes, n)
+    };
 
     for (query, (weights, slopes)) in weights.chunks_exact_mut(n).zip(slopes.chunks_exact_mut(n)).enumerate()
     {
@@ -159,10 +201,7 @@ fn block_body<const FMA: bool>(keys: &Keys, block: &Block<'_>, dq: &mut [f32], s
         for weight in weights.iter_mut() {
             *weight /= total;
         }
-        let mut mean = 0.0;
-        for (weight, slope) in weights.iter().zip(slopes.iter()) {
-            mean += weight * slope;
-        }
+        let mean = dot(weights, slopes);
         for (weight, slope) in weights.iter().zip(slopes) {
             *slope = weight * (*slope - mean) * keys.scale;
         }
@@ -170,9 +209,25 @@ fn block_body<const FMA: bool>(keys: &Keys, block: &Block<'_>, dq: &mut [f32], s
 
     let by_score = |data| View { data, row_stride: n, column_stride: 1 };
     let by_key = |data| View { data, row_stride: 1, column_stride: n };
-    add_product::<FMA>((n_queries, dim, n), by_score(&slopes), &keys.keys, dim, dq, dim);
-    add_product::<FMA>((n, dim, n_queries), by_key(&slopes), block.q, dim, &mut sums.keys, dim);
-    add_product::<FMA>((n, dim, n_queries), by_key(&weights), block.dy, dim, &mut sums.values, dim);
+    // SAFETY: passed on.
+    unsafe { add_product::<S>((n_queries, dim, n), by_score(&slopes), &keys.keys, dim, dq, dim) };
+    // SAFETY: passed on.
+    unsafe { add_product::<S>((n, dim, n_queries), by_key(&slopes), block.q, dim, &mut sums.keys, dim) };
+    // SAFETY: passed on.
+    unsafe { add_product::<S>((n, dim, n_queries), by_key(&weights), block.dy, dim, &mut sums.values, dim) };
+}
+
+/// `Σ a · b` with sixteen running sums, so that it vectorises and its order is fixed.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let mut sums = [0.0f32; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum()
 }
 
 #[cfg(test)]

@@ -47,9 +47,9 @@ enum Activations<'a, X> {
 
 /// Bytes of weights that will be read next.
 #[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    pub(super) from: *const u8,
-    pub(super) bytes: usize,
+pub(crate) struct Ahead {
+    pub(crate) from: *const u8,
+    pub(crate) bytes: usize,
 }
 
 impl Ahead {
@@ -58,7 +58,7 @@ impl Ahead {
         Self { from: data.as_ptr_range().end.cast(), bytes: size_of_val(data) }
     }
 
-    const NOTHING: Self = Self { from: std::ptr::null(), bytes: 0 };
+    pub(crate) const NOTHING: Self = Self { from: std::ptr::null(), bytes: 0 };
 }
 
 impl Job<'_> {
@@ -231,13 +231,14 @@ impl Job<'_> {
     fn with_widened(&self, x: &[f32], work: impl FnOnce(&Activations<'_, f32>)) {
         #[cfg(target_arch = "x86_64")]
         if self.is_broadcast() {
-            // SAFETY: the tier is proven by the `Isa`.
-            return broadcast::with_tiles::<broadcast::Single<f32>>(
+            broadcast::with_tiles::<broadcast::Single<f32>>(
                 x,
                 self.k,
+                // SAFETY: the tier is proven by the `Isa`.
                 |x, out| unsafe { x86::transpose::<broadcast::Single<f32>>(x, self.k, out) },
                 |tiles| work(&Activations::Singles(tiles)),
             );
+            return;
         }
         work(&Activations::Rows(x));
     }
@@ -246,22 +247,24 @@ impl Job<'_> {
     fn with_rounded(&self, x: &[f32], work: impl FnOnce(&Activations<'_, bf16>)) {
         #[cfg(target_arch = "x86_64")]
         if self.is_broadcast() {
-            // SAFETY: the tier is proven by the `Isa`.
-            return if self.isa.tier() == Tier::Avx512Bf16 {
+            if self.isa.tier() == Tier::Avx512Bf16 {
                 broadcast::with_tiles::<broadcast::RoundedPair>(
                     x,
                     self.k,
+                    // SAFETY: the tier is proven by the `Isa`.
                     |x, out| unsafe { x86::transpose::<broadcast::RoundedPair>(x, self.k, out) },
                     |tiles| work(&Activations::Pairs(tiles)),
-                )
+                );
             } else {
                 broadcast::with_tiles::<broadcast::RoundedSingle>(
                     x,
                     self.k,
+                    // SAFETY: as above.
                     |x, out| unsafe { x86::transpose::<broadcast::RoundedSingle>(x, self.k, out) },
                     |tiles| work(&Activations::Singles(tiles)),
-                )
-            };
+                );
+            }
+            return;
         }
         work(&Activations::Rows(&round_all(self.isa, x)));
     }

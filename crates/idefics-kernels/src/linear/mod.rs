@@ -7,11 +7,11 @@
 //! (`broadcast.rs`).
 
 #[cfg(target_arch = "x86_64")]
-mod broadcast;
-mod job;
+pub(crate) mod broadcast;
+pub(crate) mod job;
 #[cfg(target_arch = "x86_64")]
 mod packed;
-mod scratch;
+pub(crate) mod scratch;
 pub(crate) mod tile;
 
 #[cfg(test)]

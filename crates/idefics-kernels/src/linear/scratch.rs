@@ -9,19 +9,19 @@ use super::broadcast::Line;
 
 thread_local! {
     /// A panel of unpacked weights.
-    pub(super) static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    pub(crate) static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     /// A panel of unpacked weights, rounded.
-    pub(super) static ROUNDED: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+    pub(crate) static ROUNDED: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
     /// A panel of transposed weights.
     #[cfg(target_arch = "x86_64")]
-    pub(super) static PANEL: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    pub(crate) static PANEL: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     /// The activations of a product, transposed.
     #[cfg(target_arch = "x86_64")]
-    pub(super) static ACTIVATIONS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    pub(crate) static ACTIVATIONS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Lends `n` elements of this thread's buffer, their content left over from the last use.
-pub(super) fn with<T: Clone + Default, R>(
+pub(crate) fn with<T: Clone + Default, R>(
     buffer: &'static LocalKey<RefCell<Vec<T>>>,
     n: usize,
     work: impl FnOnce(&mut [T]) -> R,

@@ -10,6 +10,7 @@ use std::{ops::Range, sync::Arc};
 
 use idefics::{
     Processor,
+    model::TrainingSequence,
     processor::{ExifOrientation, FetchPolicy, ImageLimits, ImageSource, PixelValues, load_image},
 };
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,7 @@ use super::{
     augment::RandomResizedCrop,
     sample::{Piece, Role, Sample, SampleKind},
 };
-use crate::{interface::TrainingSequence, rng::generator};
+use crate::rng::generator;
 
 /// Which tokens the loss covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

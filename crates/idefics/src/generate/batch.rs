@@ -480,8 +480,10 @@ impl<'a, M: StepModel> Batch<'a, M> {
     fn count(&self) {
         let sequences = self.running.iter().map(|member| member.group.width()).sum();
         self.counters.alive(self.waiting.len(), self.running.len(), sequences);
+        let lanes = self.running.iter().flat_map(|member| member.group.lanes());
+        let held = lanes.map(|lane| self.model.cache_bytes(lane.fed())).sum();
         let images = (self.images.pinned_bytes(), self.images.idle_bytes());
-        self.counters.bytes(self.taken(), images.0, images.1, self.prefixes.bytes());
+        self.counters.bytes(held, images.0, images.1, self.prefixes.bytes());
     }
 }
 
@@ -512,3 +514,7 @@ fn cancel<M: StepModel>(member: &mut Member<'_, M>, out: &mut Vec<Outcome>) {
 fn tell(id: u64, events: &mut Vec<Event>, out: &mut Vec<Outcome>) {
     out.extend(events.drain(..).map(|event| (id, EngineEvent::Token(event))));
 }
+
+#[cfg(test)]
+#[path = "batch_tests.rs"]
+mod tests;

@@ -191,8 +191,8 @@ impl Counters {
         self.sequences.store(sequences, Relaxed);
     }
 
-    pub(crate) fn bytes(&self, taken: usize, pinned_images: usize, idle_images: usize, prefixes: usize) {
-        self.cache_bytes.store(taken, Relaxed);
+    pub(crate) fn bytes(&self, lanes: usize, pinned_images: usize, idle_images: usize, prefixes: usize) {
+        self.cache_bytes.store(lanes + pinned_images, Relaxed);
         self.image_bytes.store(pinned_images + idle_images, Relaxed);
         self.kept_bytes.store(idle_images + prefixes, Relaxed);
     }

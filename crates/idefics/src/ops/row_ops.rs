@@ -234,6 +234,21 @@ impl Binary for AddScaled {
     }
 }
 
+/// Not the tensor library's own, which would wake a second pool of threads beside ours.
+struct Add;
+
+impl Binary for Add {
+    const NAME: &'static str = "add";
+
+    fn apply(&self, values: &mut [f32], other: &[f32]) {
+        elementwise::add(values, other);
+    }
+
+    fn gradients(&self, _: &[f32], _: &[f32], dy: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        (dy.to_vec(), dy.to_vec())
+    }
+}
+
 struct Rotate {
     table: Arc<RotaryTable>,
     positions: Arc<[u32]>,
@@ -276,7 +291,7 @@ pub(super) fn add_times(ctx: Context, residual: &Tensor, branch: &Tensor, scale:
 
 /// `residual + branch`.
 pub fn add(residual: &Tensor, branch: &Tensor) -> Result<Tensor> {
-    Ok((residual + branch)?)
+    binary(residual, branch, Add)
 }
 
 /// Rotates every head of row `t` of `x` `[T, H·K]` by `positions[t]`.

@@ -3,7 +3,7 @@
 //! Training goes layer by layer: a [`Segment`] keeps what went in, and either the tape of its own operations or
 //! nothing, in which case it runs again before it goes backward (gradient checkpointing, Chen et al., 2016).
 
-use candle_core::Var;
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Var};
 
 use super::{Result, Tensor};
 
@@ -42,8 +42,7 @@ impl<'a> Segment<'a> {
             Some(output) => output,
             None => (self.run)(&tensors(&self.inputs))?,
         };
-        // The tape starts at a number; the derivative of this one by the output is `dy`.
-        let mut gradients = (output * dy)?.sum_all()?.backward()?;
+        let mut gradients = output.apply_op1(Start(dy.clone()))?.backward()?;
         self.inputs
             .iter()
             .map(|input| match gradients.remove(input) {
@@ -51,6 +50,23 @@ impl<'a> Segment<'a> {
                 None => Ok(input.zeros_like()?), // an input that nothing read
             })
             .collect()
+    }
+}
+
+/// A tape runs backward from a number: one whose gradient by its argument is the tensor that is carried.
+struct Start(Tensor);
+
+impl CustomOp1 for Start {
+    fn name(&self) -> &'static str {
+        "start"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), ().into()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
     }
 }
 

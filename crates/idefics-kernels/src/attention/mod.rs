@@ -2,7 +2,10 @@
 //!
 //! Online softmax as in FlashAttention (Dao et al., 2022, algorithm 1). Blocks start at multiples of
 //! 64 counted from the first key, so a query's result has the same bits whether its prompt came whole
-//! or in chunks, alone or in a batch.
+//! or in chunks, alone or in a batch. Many queries on AVX-512 take another way to the same bits (`many.rs`).
+
+#[cfg(target_arch = "x86_64")]
+mod many;
 
 use half::bf16;
 
@@ -87,8 +90,7 @@ pub fn attention(isa: Isa, heads: Heads, jobs: &[Job<'_>], out: &mut [f32]) {
             );
         }
         assert!(n_queries == 0 || n_keys > 0, "a query needs a key");
-        for first in (0..n_queries).step_by(QUERIES) {
-            let count = QUERIES.min(n_queries - first);
+        for (first, count) in shares(isa, n_queries) {
             units.extend((0..heads.n_heads).map(|head| Unit {
                 job,
                 head,
@@ -103,6 +105,22 @@ pub fn attention(isa: Isa, heads: Heads, jobs: &[Job<'_>], out: &mut [f32]) {
     assert_eq!(out.len(), rows * width, "an output of [{rows}, {width}] was expected");
     let out = SharedMut::new(out);
     for_each(units.len(), flops, |index| units[index].run(isa, heads, out));
+}
+
+/// How a job's queries are shared out: the first query and the number of each part.
+fn shares(isa: Isa, n_queries: usize) -> impl Iterator<Item = (usize, usize)> {
+    #[cfg(target_arch = "x86_64")]
+    let many = (isa.tier() >= Tier::Avx512 && n_queries >= many::FEWEST).then_some(many::MOST);
+    #[cfg(not(target_arch = "x86_64"))]
+    let many: Option<usize> = None;
+    let _ = isa;
+    // Few queries go in fours, where a last one alone is cheap; many in parts of nearly one size.
+    let parts = n_queries.div_ceil(many.unwrap_or(QUERIES));
+    let (each, more) = if many.is_some() { (n_queries / parts, n_queries % parts) } else { (QUERIES, 0) };
+    (0..parts).map(move |part| {
+        let first = part * each + part.min(more);
+        (first, (each + usize::from(part < more)).min(n_queries - first))
+    })
 }
 
 impl Rows<'_> {
@@ -191,43 +209,24 @@ impl Unit<'_> {
         });
         let furthest = limit[Q - 1];
 
-        let mut largest = [f32::NEG_INFINITY; Q];
-        let mut total = [0.0f32; Q];
-        let mut sums = vec![0.0f32; Q * dim]; // [Q, K], not yet divided by `total`
+        let mut running = [Running::new(); Q];
+        let mut sums = vec![0.0f32; Q * dim]; // [Q, K], not yet divided by the total weight
         for start in (0..furthest).step_by(BLOCK) {
             let n = BLOCK.min(furthest - start);
-            let mut scores = [[f32::NEG_INFINITY; BLOCK]; Q];
+            let mut scores = [[0.0; BLOCK]; Q];
             for at in (0..n).step_by(4) {
                 let rows: [*const E; 4] = std::array::from_fn(|j| {
                     keys[(start + (at + j).min(n - 1)) * width + column..][..dim].as_ptr()
                 });
                 // SAFETY: every pointer starts `dim` readable elements, by the slicing above.
                 let dots = unsafe { tile::<Widened<S, f32, E>, Q, 4>(queries, rows, dim, None) };
-                for (q, dots) in dots.iter().enumerate() {
-                    for (j, dot) in dots.iter().enumerate() {
-                        if start + at + j < limit[q] && at + j < n {
-                            scores[q][at + j] = dot * heads.scale;
-                        }
-                    }
+                for (scores, dots) in scores.iter_mut().zip(&dots) {
+                    scores[at..at + 4].copy_from_slice(dots);
                 }
             }
             for q in 0..Q {
-                if start >= limit[q] {
-                    scores[q] = [0.0; BLOCK];
-                    continue;
-                }
-                let block_largest =
-                    scores[q].iter().fold(f32::NEG_INFINITY, |a, b| if a > *b { a } else { *b });
-                let now = if block_largest > largest[q] { block_largest } else { largest[q] };
-                let keep = math::exp::<FMA>(largest[q] - now);
-                for score in &mut scores[q] {
-                    *score = math::exp::<FMA>(*score - now);
-                }
-                total[q] = total[q] * keep + math::sum_by(&scores[q], |v| v);
-                largest[q] = now;
-                for sum in &mut sums[q * dim..(q + 1) * dim] {
-                    *sum *= keep;
-                }
+                let seen = limit[q].saturating_sub(start).min(n);
+                running[q].weigh::<FMA>(&mut scores[q], seen, heads.scale, &mut sums[q * dim..(q + 1) * dim]);
             }
             // SAFETY: rows `start..start + n` of the values exist and hold `dim` elements from `column` on.
             unsafe {
@@ -245,8 +244,52 @@ impl Unit<'_> {
             let row = (self.out_row + q) * width + column;
             for (d, sum) in sums[q * dim..(q + 1) * dim].iter().enumerate() {
                 // SAFETY: inside the output by the assertion in `attention`, and this unit's own.
-                unsafe { out.write(row + d, sum / total[q]) };
+                unsafe { out.write(row + d, sum / running[q].total) };
             }
+        }
+    }
+}
+
+/// One query's softmax so far.
+#[derive(Clone, Copy)]
+struct Running {
+    largest: f32,
+    /// Sum of the weights.
+    total: f32,
+}
+
+impl Running {
+    fn new() -> Self {
+        Self { largest: f32::NEG_INFINITY, total: 0.0 }
+    }
+
+    /// Turns the products of a query with a block of keys into weights, of which the first `seen` count, and scales
+    /// what was summed before, `sums` `[K]`, to the new largest score.
+    #[inline(always)]
+    fn weigh<const FMA: bool>(
+        &mut self,
+        products: &mut [f32; BLOCK],
+        seen: usize,
+        scale: f32,
+        sums: &mut [f32],
+    ) {
+        if seen == 0 {
+            *products = [0.0; BLOCK];
+            return;
+        }
+        for (i, score) in products.iter_mut().enumerate() {
+            *score = if i < seen { *score * scale } else { f32::NEG_INFINITY };
+        }
+        let block_largest = products.iter().fold(f32::NEG_INFINITY, |a, b| if a > *b { a } else { *b });
+        let now = if block_largest > self.largest { block_largest } else { self.largest };
+        let keep = math::exp::<FMA>(self.largest - now);
+        for score in &mut *products {
+            *score = math::exp::<FMA>(*score - now);
+        }
+        self.total = self.total * keep + math::sum_by(products, |v| v);
+        self.largest = now;
+        for sum in sums {
+            *sum *= keep;
         }
     }
 }
@@ -318,7 +361,13 @@ unsafe fn avx2<E: Element>(unit: &Unit<'_>, heads: Heads, keys: &[E], values: &[
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 unsafe fn avx512<E: Element>(unit: &Unit<'_>, heads: Heads, keys: &[E], values: &[E], out: SharedMut<f32>) {
     // SAFETY: passed on.
-    unsafe { unit.attend::<crate::simd::avx512::Avx512, E, true>(heads, keys, values, out) }
+    unsafe {
+        if unit.count >= many::FEWEST {
+            many::attend(unit, heads, keys, values, out);
+        } else {
+            unit.attend::<crate::simd::avx512::Avx512, E, true>(heads, keys, values, out);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -373,6 +422,10 @@ mod tests {
                 (2, 80, 5, 257),
                 (1, 24, 130, 130),
                 (4, 8, 1, 200),
+                (1, 1, 7, 9),
+                (2, 96, 64, 321),
+                (1, 33, 60, 140),
+                (2, 128, 20, 90),
             ] {
                 let heads = Heads { n_heads, head_dim, scale: 3.0 / (head_dim as f32).sqrt() };
                 let width = n_heads * head_dim;
@@ -395,10 +448,25 @@ mod tests {
     }
 
     #[test]
+    fn every_query_is_in_one_share_of_a_size_that_its_way_takes() {
+        for isa in Isa::available() {
+            for n in (0..400).chain([3305, 6000]) {
+                let mut next = 0;
+                for (first, count) in shares(isa, n) {
+                    assert_eq!(first, next);
+                    assert!((1..=QUERIES).contains(&count) || (7..=56).contains(&count), "{count} of {n}");
+                    next += count;
+                }
+                assert_eq!(next, n);
+            }
+        }
+    }
+
+    #[test]
     fn bf16_keys_and_values_are_widened_exactly() {
         let heads = Heads { n_heads: 2, head_dim: 20, scale: 0.2 };
         let round = |x: Vec<f32>| x.into_iter().map(bf16::from_f32).collect::<Vec<_>>();
-        let (q, k, v) = (noise(3 * 40, 1), round(noise(90 * 40, 2)), round(noise(90 * 40, 3)));
+        let (q, k, v) = (noise(9 * 40, 1), round(noise(90 * 40, 2)), round(noise(90 * 40, 3)));
         let wide = |x: &[bf16]| x.iter().map(|v| v.to_f32()).collect::<Vec<_>>();
         let (wide_k, wide_v) = (wide(&k), wide(&v));
         for isa in Isa::available() {
@@ -414,8 +482,13 @@ mod tests {
 
     #[test]
     fn chunks_and_batches_give_the_same_bits_as_the_whole() {
-        let heads = Heads { n_heads: 2, head_dim: 12, scale: 0.3 };
-        let (width, n) = (24, 150);
+        for head_dim in [12, 80, 128] {
+            chunks_and_batches(Heads { n_heads: 2, head_dim, scale: 0.3 });
+        }
+    }
+
+    fn chunks_and_batches(heads: Heads) {
+        let (width, n) = (2 * heads.head_dim, 150);
         let (q, k, v) = (noise(n * width, 4), noise(n * width, 5), noise(n * width, 6));
         for isa in Isa::available() {
             let run = |from: usize, to: usize| {
@@ -433,7 +506,7 @@ mod tests {
             };
             let whole = run(0, n);
             let in_chunks: Vec<f32> =
-                [0, 1, 7, 64, 65, 149, 150].windows(2).flat_map(|w| run(w[0], w[1])).collect();
+                [0, 1, 5, 7, 64, 65, 149, 150].windows(2).flat_map(|w| run(w[0], w[1])).collect();
             assert_eq!(whole, in_chunks, "{}", isa.tier());
         }
     }

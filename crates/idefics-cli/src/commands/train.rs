@@ -1,0 +1,297 @@
+//! `idefics train`: a model learns from pictures and texts.
+
+use std::{
+    io::IsTerminal,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use idefics_train::{
+    config::TrainConfig,
+    metrics::StepRecord,
+    trainer::{End, Event, Start, Summary, Trainer},
+};
+use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use crate::{cancel, model::start_threads, output, progress::resolve_model};
+
+const EXAMPLES: &str = "\
+Examples:
+  idefics train pets.toml
+  idefics train pets.toml --steps 200 --learning-rate 2e-5 --output runs/pets-2
+  idefics train pets.toml --set batch.accumulation=4 --set trainable.preset=frozen-backbones
+  idefics train pets.toml --resume
+
+The configuration and how to choose it: docs/fine-tuning.md. Ctrl-C saves and ends; --resume goes on as if nothing
+had happened.";
+
+/// Train a model: all of it, some of its parts, or LoRA beside it
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// What is trained on what, in TOML
+    #[arg(value_name = "CONFIG")]
+    config: PathBuf,
+
+    /// Go on with the run in the output directory
+    #[arg(long)]
+    resume: bool,
+
+    /// Check everything, try the longest sequence, and end
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
+
+    /// Replace a value of the configuration, with its name as in the file; may be repeated
+    #[arg(long, value_name = "FIELD=VALUE")]
+    set: Vec<String>,
+
+    /// Model to begin with: a directory, or a name on the hub
+    #[arg(long, value_name = "DIR|ID")]
+    model: Option<String>,
+
+    /// Directory of the run
+    #[arg(long, short, value_name = "DIR")]
+    output: Option<PathBuf>,
+
+    /// Steps of the optimiser
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+
+    /// Highest learning rate
+    #[arg(long, value_name = "X")]
+    learning_rate: Option<f64>,
+
+    /// Seed of shuffles, crops and dropout
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+
+    /// Threads to compute with [default: all processors]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+
+    /// Print the result as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    /// All that is put over the file, in TOML's own words.
+    fn overrides(&self) -> Vec<String> {
+        let text = |text: &str| toml_text(text);
+        let flags = [
+            self.model.as_ref().map(|model| format!("model={}", text(model))),
+            self.output.as_ref().map(|output| format!("output={}", text(&output.to_string_lossy()))),
+            self.steps.map(|steps| format!("run.steps={steps}")),
+            self.learning_rate.map(|rate| format!("optimizer.learning_rate={rate:?}")),
+            self.seed.map(|seed| format!("seed={seed}")),
+        ];
+        self.set.iter().cloned().chain(flags.into_iter().flatten()).collect()
+    }
+}
+
+/// A text as a value of TOML: JSON's strings are strings there, too.
+fn toml_text(text: &str) -> String {
+    json!(text).to_string()
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let config = TrainConfig::load(&args.config, &args.overrides())?;
+    start_threads(args.threads)?;
+    cancel::on_interrupt()?;
+    let directory = resolve_model(&config.model).with_context(|| format!("model {}", config.model))?;
+    let start = if args.resume { Start::Resume } else { Start::Fresh };
+    eprintln!("reading the data ...");
+    let mut trainer = Trainer::new(config, &directory, start)?;
+    describe(&trainer);
+    trainer.try_longest().context("the longest sequence")?;
+    if args.dry_run {
+        return Ok(output::print("everything fits together")?);
+    }
+    let mut display = Display::start(&trainer);
+    let summary = trainer.run(cancel::flag(), &mut |event| display.show(&event));
+    display.finish();
+    let summary = summary?;
+    if args.json {
+        return Ok(output::print(&summary_json(&summary).to_string())?);
+    }
+    let resume = format!("idefics train {} --resume", args.config.display());
+    Ok(output::print(&summary_text(&summary, &resume))?)
+}
+
+/// What is about to happen, on stderr.
+fn describe(trainer: &Trainer) {
+    let (report, parameters) = (trainer.data_report(), trainer.parameters());
+    let frozen: usize = parameters.frozen().iter().map(|(_, weight)| weight.len()).sum::<usize>()
+        + parameters.frozen().iter_packed().map(|(_, weight)| weight.len()).sum::<usize>();
+    eprintln!(
+        "weights: {} trained in {} tensors, {} frozen",
+        HumanCount(parameters.num_trained() as u64),
+        parameters.trained().count(),
+        HumanCount(frozen as u64),
+    );
+    let per = |count: u64| count as f64 / report.sequences.max(1) as f64;
+    eprintln!(
+        "data: {} samples; of {} checked {} are broken; a sequence has {:.0} tokens and {:.1} pictures in the mean",
+        HumanCount(report.samples),
+        HumanCount(report.checked),
+        report.num_broken,
+        per(report.tokens),
+        per(report.images),
+    );
+    for broken in &report.broken {
+        eprintln!("broken: {broken}");
+    }
+    if let Some((_, tokens, images)) = report.longest {
+        eprintln!("longest sequence: {tokens} tokens, {images} pictures");
+    }
+    let state = trainer.state();
+    if state.step > 0 {
+        eprintln!("resuming after step {}", state.step);
+    }
+    eprintln!("steps: {}; evaluation: {} sequences", state.total_steps, trainer.num_evaluation_sequences());
+}
+
+fn summary_text(summary: &Summary, resume: &str) -> String {
+    let evaluation = summary.evaluation.map_or(String::new(), |record| {
+        format!(", held-out loss {:.4}, accuracy {:.3}", record.loss, record.accuracy)
+    });
+    let steps = format!("{} of {} steps{evaluation}", summary.step, summary.total_steps);
+    match (summary.end, &summary.model) {
+        (End::Interrupted, _) => format!("stopped after {steps}; go on with: {resume}"),
+        (end, model) => {
+            let model =
+                model.as_ref().map_or(String::new(), |model| format!("; model in {}", model.display()));
+            let why = if end == End::StoppedEarly { " (it did not get better any more)" } else { "" };
+            format!("finished after {steps}{why}{model}")
+        }
+    }
+}
+
+fn summary_json(summary: &Summary) -> serde_json::Value {
+    let end = match summary.end {
+        End::Finished => "finished",
+        End::StoppedEarly => "stopped_early",
+        End::Interrupted => "interrupted",
+    };
+    json!({
+        "end": end,
+        "step": summary.step,
+        "total_steps": summary.total_steps,
+        "evaluation": summary.evaluation,
+        "model": summary.model,
+    })
+}
+
+/// Shows a run: a bar on a terminal, plain lines elsewhere.
+struct Display {
+    bar: Option<ProgressBar>,
+    total: u64,
+    first_step: u64,
+    begun: Instant,
+    last_line: Instant,
+    /// Loss, tokens per second, pictures per second: running means.
+    means: Option<[f64; 3]>,
+}
+
+/// Time between two plain lines.
+const LINE_PAUSE: Duration = Duration::from_secs(10);
+
+impl Display {
+    fn start(trainer: &Trainer) -> Self {
+        let (total, first_step) = (trainer.state().total_steps, trainer.state().step);
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("[{wide_bar}] {pos}/{len} {msg} ({eta})");
+            let style = style.expect("the template is right").progress_chars("=> ");
+            ProgressBar::new(total).with_style(style).with_position(first_step)
+        });
+        let now = Instant::now();
+        Self { bar, total, first_step, begun: now, last_line: now - LINE_PAUSE, means: None }
+    }
+
+    fn show(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Step(record) => self.step(record),
+            Event::Skipped(record) => {
+                self.line(&format!("step {}: data skipped: {}", record.step, record.reason));
+            }
+            Event::RolledBack { step } => {
+                self.line(&format!("went back to step {step}; the data since then is skipped"));
+            }
+            Event::Evaluated(record) => self.line(&format!(
+                "step {}: held-out loss {:.4}, accuracy {:.3} ({} targets, {:.1} s)",
+                record.step, record.loss, record.accuracy, record.targets, record.seconds
+            )),
+            Event::Sampled { prompt, text } => self.line(&format!("prompt {prompt}: {text:?}")),
+            Event::Broken(error) => self.line(&format!("broken: {error}")),
+            Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+        }
+    }
+
+    fn step(&mut self, record: &StepRecord) {
+        let per_second = |count: u64| count as f64 / record.seconds.max(1e-9);
+        let now = [record.loss, per_second(record.tokens), per_second(record.images)];
+        let means = self.means.get_or_insert(now);
+        means.iter_mut().zip(now).for_each(|(mean, now)| *mean += 0.1 * (now - *mean));
+        let [loss, tokens, images] = *means;
+        let text = format!("loss {loss:.4}  {tokens:.0} tokens/s  {images:.1} pictures/s");
+        if let Some(bar) = &self.bar {
+            bar.set_message(text);
+            bar.set_position(record.step);
+        } else if self.last_line.elapsed() >= LINE_PAUSE {
+            let done = (record.step - self.first_step).max(1) as u32;
+            let left = self.begun.elapsed() / done * self.total.saturating_sub(record.step) as u32;
+            eprintln!("step {} of {}: {text}  {} left", record.step, self.total, HumanDuration(left));
+            self.last_line = Instant::now();
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn flags_become_values_of_the_configuration() {
+        let line = Line::try_parse_from([
+            "train",
+            "x.toml",
+            "--set",
+            "seed=1",
+            "--output",
+            "a \"b\"",
+            "--learning-rate",
+            "1e-5",
+            "--steps",
+            "7",
+        ])
+        .expect("the test's own line");
+        let file = "model='m'\noutput='o'\n[run]\nsteps=1\n[[data]]\nformat='jsonl'\npath='x'\n";
+        let config = TrainConfig::parse("x.toml", file, &line.args.overrides()).unwrap();
+        assert_eq!((config.seed, config.run.steps), (1, Some(7)));
+        assert_eq!(config.output, PathBuf::from("a \"b\""));
+        assert_eq!(config.optimizer.learning_rate, 1e-5);
+    }
+}

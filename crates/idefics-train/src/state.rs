@@ -1,0 +1,344 @@
+//! Checkpoints of a run: a model directory that any command opens, and in `training/` what a run needs to go on.
+//!
+//! `checkpoint-00000200/` has the model as it is in use. `training/optimizer.safetensors` has the moments
+//! (`first.NAME`, `second.NAME`) and the numbers behind rounded weights (`value.NAME`), all `f32`;
+//! `training/state.json` has the rest. A checkpoint gets its name when all of it is on the disk, so a run can be
+//! killed at any moment.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use idefics::checkpoint::{Checkpoint, CheckpointWriter, DType, TensorSpec, WriteError, expected_tensors};
+use safetensors::{Dtype, SafeTensors, View};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    TrainError,
+    error::io_error,
+    optim::Moments,
+    packing::Position,
+    parameters::{Parameter, Parameters},
+};
+
+/// Changes when older checkpoints cannot be resumed any more.
+const VERSION: u32 = 1;
+const FOLDER: &str = "training";
+const STATE: &str = "state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const PREFIX: &str = "checkpoint-";
+/// The largest header of a file of tensors that is read.
+const MAX_HEADER: u64 = 256 << 20;
+
+/// What a run remembers besides numbers of weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    version: u32,
+    /// Steps that were made.
+    pub step: u64,
+    /// All steps of the run.
+    pub total_steps: u64,
+    /// The place in the data.
+    pub position: Position,
+    /// Tokens that were read.
+    pub tokens: u64,
+    /// Pictures that were read.
+    pub images: u64,
+    /// Samples that could not be used.
+    pub broken_samples: u64,
+    /// Steps whose data was skipped as an accident.
+    pub skipped_steps: u64,
+    /// The running loss.
+    pub spikes: crate::spikes::SpikeState,
+    /// The lowest evaluation so far.
+    pub best: Option<Best>,
+    /// Evaluations since then.
+    pub evaluations_since_best: u64,
+}
+
+/// The lowest evaluation so far.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// When it was.
+    pub step: u64,
+    /// Its loss.
+    pub loss: f64,
+}
+
+impl RunState {
+    /// The state of a run that begins.
+    pub fn new(total_steps: u64, position: Position) -> Self {
+        Self {
+            version: VERSION,
+            step: 0,
+            total_steps,
+            position,
+            tokens: 0,
+            images: 0,
+            broken_samples: 0,
+            skipped_steps: 0,
+            spikes: crate::spikes::SpikeState::default(),
+            best: None,
+            evaluations_since_best: 0,
+        }
+    }
+}
+
+/// Writes a checkpoint of a run into its output directory; `source` is the model that the run began with.
+pub fn save(
+    output: &Path,
+    source: &Checkpoint,
+    parameters: &Parameters,
+    state: &RunState,
+) -> Result<PathBuf, TrainError> {
+    let path = output.join(format!("{PREFIX}{:08}", state.step));
+    if path.exists() {
+        remove(&path)?;
+    }
+    let writer = CheckpointWriter::create(&path)?;
+    write_model(&writer, source, parameters)?;
+    let folder = writer.directory().join(FOLDER);
+    fs::create_dir(&folder).map_err(io_error("create", &folder))?;
+    let optimizer = folder.join(OPTIMIZER);
+    write_optimizer(&optimizer, parameters)?;
+    writer.write_json(
+        &format!("{FOLDER}/{STATE}"),
+        &serde_json::to_value(state).expect("the state is made of numbers and texts"),
+    )?;
+    sync(&folder)?;
+    Ok(writer.finish()?)
+}
+
+/// Writes the model alone, as the result of a run.
+pub fn save_model(path: &Path, source: &Checkpoint, parameters: &Parameters) -> Result<(), TrainError> {
+    if path.exists() {
+        remove(path)?;
+    }
+    let writer = CheckpointWriter::create(path)?;
+    write_model(&writer, source, parameters)?;
+    writer.finish()?;
+    Ok(())
+}
+
+fn write_model(
+    writer: &CheckpointWriter,
+    source: &Checkpoint,
+    parameters: &Parameters,
+) -> Result<(), TrainError> {
+    use idefics::model::WeightSource;
+    let specs: Vec<TensorSpec> = expected_tensors(&source.config)
+        .into_iter()
+        .filter(|(name, _)| !parameters.is_tied_head(name))
+        .filter_map(|(name, shape)| {
+            let dtype = parameters.weight(&name)?.dtype();
+            Some(TensorSpec::new(name, dtype, shape))
+        })
+        .collect();
+    writer.write_weights(&specs, |spec| -> Result<_, WriteError> {
+        Ok(parameters.weight(&spec.name).expect("the weights of the list are there"))
+    })?;
+    writer.copy_side_files(&source.directory)?;
+    let bytes = |dtype: DType| -> u64 {
+        specs.iter().filter(|spec| spec.dtype == dtype).map(TensorSpec::num_bytes).sum()
+    };
+    let main = [DType::F32, DType::F16, DType::Bf16].into_iter().max_by_key(|dtype| bytes(*dtype));
+    writer.copy_config(&source.directory, |config| {
+        let name = match main {
+            Some(DType::Bf16) => "bfloat16",
+            Some(DType::F16) => "float16",
+            _ => "float32",
+        };
+        config.remove("torch_dtype");
+        config.insert("dtype".to_owned(), name.into());
+    })?;
+    Ok(())
+}
+
+/// Numbers lent to the writer of a file.
+struct Numbers<'a> {
+    values: &'a [f32],
+    /// One dimension: the rest follows from the weight's own shape.
+    shape: [usize; 1],
+}
+
+impl<'a> Numbers<'a> {
+    fn new(values: &'a [f32]) -> Self {
+        Self { values, shape: [values.len()] }
+    }
+}
+
+impl View for Numbers<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(bytemuck::cast_slice(self.values))
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
+fn write_optimizer(path: &Path, parameters: &Parameters) -> Result<(), TrainError> {
+    let mut tensors: Vec<(String, Numbers<'_>)> = Vec::new();
+    for (name, parameter) in parameters.trained() {
+        let moments = parameter.moments();
+        tensors.push((format!("first.{name}"), Numbers::new(&moments.first)));
+        tensors.push((format!("second.{name}"), Numbers::new(&moments.second)));
+        if parameter.is_rounded() {
+            tensors.push((format!("value.{name}"), Numbers::new(parameter.values())));
+        }
+    }
+    safetensors::serialize_to_file(tensors, None, path)
+        .map_err(|error| io_error("write", path)(std::io::Error::other(error)))?;
+    File::open(path).and_then(|file| file.sync_all()).map_err(io_error("write", path))
+}
+
+/// The checkpoints of a run, oldest first.
+pub fn list(output: &Path) -> Vec<(u64, PathBuf)> {
+    let entries = fs::read_dir(output).into_iter().flatten().flatten();
+    let mut found: Vec<(u64, PathBuf)> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let step = name.to_str()?.strip_prefix(PREFIX)?.parse().ok()?;
+            entry.path().join(FOLDER).join(STATE).is_file().then(|| (step, entry.path()))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// Removes all checkpoints but the newest `keep` and that of step `best`.
+pub fn prune(output: &Path, keep: usize, best: Option<u64>) -> Result<(), TrainError> {
+    let found = list(output);
+    let old = found.len().saturating_sub(keep);
+    for (step, path) in &found[..old] {
+        if Some(*step) != best {
+            remove(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a directory in such a way that half of it never has its name.
+fn remove(path: &Path) -> Result<(), TrainError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let gone = path.with_file_name(format!(".{name}.removed"));
+    if gone.exists() {
+        fs::remove_dir_all(&gone).map_err(io_error("remove", &gone))?;
+    }
+    fs::rename(path, &gone).map_err(io_error("rename", path))?;
+    fs::remove_dir_all(&gone).map_err(io_error("remove", &gone))
+}
+
+/// Takes over the weights, moments and state of a checkpoint.
+pub fn restore(path: &Path, parameters: &mut Parameters) -> Result<RunState, TrainError> {
+    let bad = |reason: String| TrainError::State { path: path.to_owned(), reason };
+    let state_path = path.join(FOLDER).join(STATE);
+    let text = fs::read_to_string(&state_path).map_err(io_error("read", &state_path))?;
+    let state: RunState = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    if state.version != VERSION {
+        return Err(bad(format!("written by version {}, expected {VERSION}", state.version)));
+    }
+    let model = Checkpoint::open(path)?;
+    let mut file = TensorFile::open(&path.join(FOLDER).join(OPTIMIZER))?;
+    let mut expected = 0;
+    for (name, parameter) in parameters.trained_mut() {
+        let mut read = |kind: &str| file.read(&format!("{kind}.{name}"), parameter.len());
+        let moments = Moments { first: read("first")?, second: read("second")? };
+        let values = if parameter.is_rounded() {
+            expected += 1;
+            read("value")?
+        } else {
+            let weight = model.weights.get(name).ok_or_else(|| bad(format!("there is no {name}")))?;
+            weight.to_f32_vec()
+        };
+        expected += 2;
+        if values.len() != parameter.len() {
+            return Err(bad(format!("{name}: expected {} numbers, got {}", parameter.len(), values.len())));
+        }
+        parameter.restore(values, moments);
+    }
+    if file.tensors.len() != expected {
+        let extra = file.tensors.len() - expected;
+        return Err(bad(format!("it trains other weights: {extra} tensors too many")));
+    }
+    Ok(state)
+}
+
+/// A file of which one tensor is read at a time.
+struct TensorFile {
+    path: PathBuf,
+    file: File,
+    /// First byte of the data.
+    start: u64,
+    /// First byte behind `start` and number of bytes.
+    tensors: BTreeMap<String, (u64, u64)>,
+}
+
+impl TensorFile {
+    fn open(path: &Path) -> Result<Self, TrainError> {
+        let io = io_error("read", path);
+        let bad = |reason: &str| TrainError::State { path: path.to_owned(), reason: reason.to_owned() };
+        let mut file = File::open(path).map_err(&io)?;
+        let mut header = vec![0; 8];
+        file.read_exact(&mut header).map_err(&io)?;
+        let length = u64::from_le_bytes(header[..8].try_into().expect("eight bytes were read"));
+        if length > MAX_HEADER {
+            return Err(bad("its header is too long"));
+        }
+        header.resize(8 + length as usize, 0);
+        file.read_exact(&mut header[8..]).map_err(&io)?;
+        let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|error| bad(&error.to_string()))?;
+        let tensors = metadata
+            .tensors()
+            .into_iter()
+            .filter(|(_, info)| info.dtype == Dtype::F32)
+            .map(|(name, info)| {
+                let (from, to) = info.data_offsets;
+                (name, (from as u64, (to - from) as u64))
+            })
+            .collect();
+        Ok(Self { path: path.to_owned(), file, start: 8 + length, tensors })
+    }
+
+    fn read(&mut self, name: &str, len: usize) -> Result<Vec<f32>, TrainError> {
+        let bad = |reason: String| TrainError::State { path: self.path.clone(), reason };
+        let Some(&(from, bytes)) = self.tensors.get(name) else {
+            return Err(bad(format!("it trains other weights: there is no {name}")));
+        };
+        if bytes != (len * size_of::<f32>()) as u64 {
+            return Err(bad(format!("{name}: expected {len} numbers, got {bytes} bytes")));
+        }
+        let mut values = vec![0.0_f32; len];
+        self.file
+            .seek(SeekFrom::Start(self.start + from))
+            .and_then(|_| self.file.read_exact(bytemuck::cast_slice_mut(&mut values)))
+            .map_err(io_error("read", &self.path))?;
+        Ok(values)
+    }
+}
+
+fn sync(directory: &Path) -> Result<(), TrainError> {
+    #[cfg(unix)]
+    File::open(directory).and_then(|file| file.sync_all()).map_err(io_error("sync", directory))?;
+    let _ = directory;
+    Ok(())
+}
+
+impl Parameter {
+    /// Whether the model reads something coarser than what the optimiser moves.
+    fn is_rounded(&self) -> bool {
+        self.weight().dtype() != DType::F32
+    }
+}

@@ -1,0 +1,624 @@
+//! The loop: batches to gradients to steps, with evaluation, samples and checkpoints on the way.
+//!
+//! The mean of the loss is over all targets of a step, however many passes it takes; so accumulation changes no
+//! number but the last bits. A step whose loss jumps or is no number moves nothing: its data is skipped. Several
+//! of them in a row take the run back to its last checkpoint, while the data goes on.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use idefics::{
+    ComputeType, Prompt, Segment,
+    checkpoint::{Checkpoint, DType, Weights},
+    generate::{GenerationConfig, generate},
+    model::TrainingSequence,
+    ops::{Compute, Context, Isa, LossSum},
+    processor::{AddEndOfUtterance, ImageSource, ProcessOptions, Processor},
+};
+
+use crate::{
+    TrainError,
+    check::DataReport,
+    config::{PromptPart, TrainConfig},
+    data::{Address, DataError, Encoder, Loader, Mixture, SampleError, Share, SourceConfig, load},
+    error::io_error,
+    learner::{Gradients, Learner, StepRules},
+    metrics::{EvaluationRecord, Metrics, Record, SkipRecord, StepRecord},
+    parameters::Parameters,
+    schedule::Schedule,
+    spikes::Spike,
+    state::{self, Best, RunState},
+    stream::BatchStream,
+};
+
+/// Rollbacks without a new checkpoint after which a run gives up.
+const MAX_ROLLBACKS: u64 = 3;
+const METRICS_FILE: &str = "metrics.jsonl";
+const SAMPLES_FILE: &str = "samples.jsonl";
+const BROKEN_FILE: &str = "broken.jsonl";
+/// Where the result of a run lies in its output directory.
+pub const MODEL_FOLDER: &str = "model";
+
+/// What happens in a run, for whoever shows it.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A step was made.
+    Step(&'a StepRecord),
+    /// The data of a step was skipped.
+    Skipped(&'a SkipRecord),
+    /// The run went back to a step.
+    RolledBack {
+        /// That step.
+        step: u64,
+    },
+    /// An evaluation.
+    Evaluated(&'a EvaluationRecord),
+    /// An answer of the model.
+    Sampled {
+        /// Number of the prompt.
+        prompt: usize,
+        /// What it says.
+        text: &'a str,
+    },
+    /// A sample that cannot be used.
+    Broken(&'a SampleError),
+    /// A checkpoint was written.
+    Saved(&'a Path),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Why.
+    pub end: End,
+    /// Steps that were made, in this and earlier processes.
+    pub step: u64,
+    /// All steps of the run.
+    pub total_steps: u64,
+    /// The last evaluation.
+    pub evaluation: Option<EvaluationRecord>,
+    /// Where the result lies, if the run is finished.
+    pub model: Option<PathBuf>,
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// All steps were made, or all samples were seen.
+    Finished,
+    /// Evaluations did not get better any more.
+    StoppedEarly,
+    /// Somebody asked for it; the run can be resumed.
+    Interrupted,
+}
+
+/// A run that is ready.
+pub struct Trainer {
+    config: TrainConfig,
+    /// The model that the run began with, without its weights.
+    source: Checkpoint,
+    processor: Processor,
+    learner: Learner,
+    schedule: Schedule,
+    stream: BatchStream,
+    state: RunState,
+    metrics: Metrics,
+    evaluation: Vec<TrainingSequence>,
+    prompts: Vec<idefics::SequenceInputs>,
+    report: DataReport,
+    longest: Vec<TrainingSequence>,
+    rollbacks: u64,
+}
+
+/// Whether a run begins or goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// It begins; its output directory may not hold another one.
+    Fresh,
+    /// It goes on from its newest checkpoint.
+    Resume,
+}
+
+impl Trainer {
+    /// Opens model and data and checks both. `directory` is where the model of the configuration lies.
+    pub fn new(config: TrainConfig, directory: &Path, start: Start) -> Result<Self, TrainError> {
+        let checkpoints = state::list(&config.output);
+        check_output(&config.output, start, &checkpoints)?;
+        let processor = Processor::from_pretrained(directory)?;
+        let mut source = Checkpoint::open(directory)?;
+        check_fit(&config, &source, &processor)?;
+        let base = Path::new("");
+        let mixture = mixture(&config.data, config.evaluation.held_out, config.seed, base)?;
+        let encoder = Encoder::new(processor.clone(), config.sequence, config.augment, config.seed);
+        let report = DataReport::new(&mixture, &encoder, config.loading.check);
+        check_broken(&report, config.loading.max_broken)?;
+        let evaluation = evaluation_set(&config, &mixture, &encoder)?;
+        let prompts = prompts(&config, &processor)?;
+
+        let ctx = context(&config, &source.weights);
+        let weights = std::mem::take(&mut source.weights);
+        let mut parameters = make_parameters(&config, &source, weights)?;
+        let limit = config.run.epochs.map(|epochs| (epochs * mixture.num_samples() as f64).ceil());
+        let total_steps =
+            config.run.steps.unwrap_or_else(|| report.steps_for(limit.unwrap_or_default(), &config.batch));
+        let longest = longest(&config, &mixture, &encoder, &report)?;
+        let loader = Loader::new(mixture, encoder, config.loading.threads, config.loading.ahead)?;
+        let limit = limit.map(|limit| limit as u64);
+        let mut stream = BatchStream::new(loader, config.batch, limit, config.loading.max_broken);
+        let state = match (start, checkpoints.last()) {
+            (Start::Resume, Some((_, path))) => {
+                let mut state = state::restore(path, &mut parameters)?;
+                stream.seek(&state.position)?;
+                state.total_steps = total_steps;
+                state
+            }
+            _ => RunState::new(total_steps, stream.position()),
+        };
+        std::fs::create_dir_all(&config.output).map_err(io_error("create", &config.output))?;
+        let metrics = Metrics::open(&config.output.join(METRICS_FILE), state.step)?;
+        let optimizer = &config.optimizer;
+        let rules = StepRules {
+            adamw: optimizer.adamw(),
+            clip_norm: optimizer.clip_norm,
+            z_loss: optimizer.z_loss as f32,
+            tape: config.run.tape.into(),
+        };
+        let schedule = Schedule {
+            shape: optimizer.schedule,
+            peak: optimizer.learning_rate,
+            end: optimizer.end_learning_rate,
+            warmup_steps: optimizer.warmup_steps,
+            total_steps,
+        };
+        Ok(Self {
+            config,
+            learner: Learner { parameters, config: source.config.clone(), ctx, rules },
+            source,
+            processor,
+            schedule,
+            stream,
+            state,
+            metrics,
+            evaluation,
+            prompts,
+            report,
+            longest,
+            rollbacks: 0,
+        })
+    }
+
+    /// What was found in the data.
+    pub fn data_report(&self) -> &DataReport {
+        &self.report
+    }
+
+    /// The weights.
+    pub fn parameters(&self) -> &Parameters {
+        &self.learner.parameters
+    }
+
+    /// The configuration of the run.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// Where the run is.
+    pub fn state(&self) -> &RunState {
+        &self.state
+    }
+
+    /// Sequences of an evaluation.
+    pub fn num_evaluation_sequences(&self) -> usize {
+        self.evaluation.len()
+    }
+
+    /// Runs the largest batch forward and backward, and forgets it: what memory does not hold ends here, and not
+    /// after some hours.
+    pub fn try_longest(&mut self) -> Result<(), TrainError> {
+        let batch = std::mem::take(&mut self.longest);
+        if !batch.is_empty() {
+            self.learner.gradients(&[batch], 0)?;
+            self.learner.parameters.zero_gradients();
+        }
+        Ok(())
+    }
+
+    /// Trains until the end, or until `stop` is set.
+    pub fn run(
+        &mut self,
+        stop: &AtomicBool,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Summary, TrainError> {
+        let mut last_evaluation = None;
+        let mut saved_at = None;
+        let end = loop {
+            if self.state.step >= self.state.total_steps && self.config.run.steps.is_some() {
+                break End::Finished;
+            }
+            if stop.load(Ordering::Relaxed) {
+                break End::Interrupted;
+            }
+            let begun = Instant::now();
+            let batches = self.next_batches(on_event)?;
+            if batches.is_empty() {
+                break End::Finished;
+            }
+            let waited = begun.elapsed().as_secs_f64();
+            if !self.step(&batches, begun, waited, on_event)? {
+                self.after_accident(on_event)?;
+                continue;
+            }
+            let step = self.state.step;
+            if step.is_multiple_of(self.config.evaluation.every) && !self.evaluation.is_empty() {
+                last_evaluation = Some(self.evaluate(on_event)?);
+                let patience = self.config.evaluation.patience;
+                if patience > 0 && self.state.evaluations_since_best >= patience {
+                    break End::StoppedEarly;
+                }
+            }
+            if step.is_multiple_of(self.config.samples.every) {
+                self.sample(on_event)?;
+            }
+            if step.is_multiple_of(self.config.checkpoints.every) {
+                self.save(on_event)?;
+                saved_at = Some(step);
+            }
+        };
+        let step = self.state.step;
+        if end != End::Interrupted && !self.evaluation.is_empty() {
+            let is_new = last_evaluation.as_ref().is_none_or(|last: &EvaluationRecord| last.step != step);
+            if is_new {
+                last_evaluation = Some(self.evaluate(on_event)?);
+            }
+        }
+        if saved_at != Some(step) && step > 0 {
+            self.save(on_event)?;
+        }
+        let model = if end == End::Interrupted { None } else { Some(self.save_result()?) };
+        let total_steps = self.state.total_steps;
+        Ok(Summary { end, step, total_steps, evaluation: last_evaluation, model })
+    }
+
+    /// The passes of one step; fewer at the end of the data.
+    fn next_batches(
+        &mut self,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Vec<Vec<TrainingSequence>>, TrainError> {
+        let mut batches = Vec::new();
+        for _ in 0..self.config.batch.accumulation {
+            let batch = self.stream.next_batch();
+            for broken in self.stream.take_broken() {
+                self.state.broken_samples += 1;
+                append_line(
+                    &self.config.output.join(BROKEN_FILE),
+                    &serde_json::json!({"step": self.state.step, "sample": broken.place, "reason": broken.reason}),
+                )?;
+                on_event(Event::Broken(&broken));
+            }
+            let batch = batch?;
+            if batch.is_empty() {
+                break;
+            }
+            batches.push(batch);
+        }
+        Ok(batches)
+    }
+
+    /// One step; false if it was an accident, and nothing moved.
+    fn step(
+        &mut self,
+        batches: &[Vec<TrainingSequence>],
+        begun: Instant,
+        data_seconds: f64,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<bool, TrainError> {
+        let step = self.state.step + 1;
+        let gradients = self.learner.gradients(batches, step)?;
+        let Gradients { loss, norm: gradient_norm } = gradients;
+        let targets = loss.n_targets.max(1);
+        let spike = self.state.spikes.judge(&self.config.spikes, loss.mean(), gradient_norm);
+        // The data is used up either way.
+        self.state.position = self.stream.position();
+        if let Some(spike) = spike {
+            let reason = match spike {
+                Spike::NotFinite => format!("loss {:.4}, gradient norm {gradient_norm:.4}", loss.mean()),
+                Spike::Jump { mean } => format!("loss {:.4} after a mean of {mean:.4}", loss.mean()),
+            };
+            let record = SkipRecord { step, reason };
+            self.state.skipped_steps += 1;
+            on_event(Event::Skipped(&record));
+            self.metrics.write(&Record::Skip(record))?;
+            return Ok(false);
+        }
+        let learning_rate = self.schedule.rate(self.state.step);
+        self.learner.apply(&gradients, learning_rate, step);
+        let count = |of: fn(&TrainingSequence) -> usize| -> u64 {
+            batches.iter().flatten().map(|sequence| of(sequence) as u64).sum()
+        };
+        let record = StepRecord {
+            step,
+            loss: loss.mean(),
+            z: loss.z / targets as f64,
+            accuracy: loss.n_correct as f64 / targets as f64,
+            gradient_norm,
+            learning_rate,
+            tokens: count(|sequence| sequence.token_ids.len()),
+            targets: targets as u64,
+            images: count(|sequence| sequence.images.len()),
+            seconds: begun.elapsed().as_secs_f64(),
+            data_seconds,
+        };
+        self.state.step = step;
+        self.state.tokens += record.tokens;
+        self.state.images += record.images;
+        on_event(Event::Step(&record));
+        self.metrics.write(&Record::Step(record))?;
+        Ok(true)
+    }
+
+    /// Goes back to the last checkpoint if there were too many accidents in a row.
+    fn after_accident(&mut self, on_event: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
+        if self.state.spikes.in_a_row < self.config.spikes.patience.max(1) {
+            return Ok(());
+        }
+        self.rollbacks += 1;
+        if self.rollbacks > MAX_ROLLBACKS {
+            return Err(TrainError::Diverged { rollbacks: MAX_ROLLBACKS, step: self.state.step });
+        }
+        let position = self.state.position.clone();
+        let mut state = match state::list(&self.config.output).last() {
+            Some((_, path)) => state::restore(path, &mut self.learner.parameters)?,
+            None => {
+                let weights = Checkpoint::open(&self.source.directory)?.weights;
+                self.learner.parameters = make_parameters(&self.config, &self.source, weights)?;
+                RunState::new(self.state.total_steps, position.clone())
+            }
+        };
+        // The data goes on; the weights and what is known of them are the old ones.
+        state.position = position;
+        state.total_steps = self.state.total_steps;
+        state.skipped_steps = self.state.skipped_steps;
+        state.broken_samples = self.state.broken_samples;
+        state.spikes.in_a_row = 0;
+        self.state = state;
+        self.metrics = Metrics::open(&self.config.output.join(METRICS_FILE), self.state.step)?;
+        on_event(Event::RolledBack { step: self.state.step });
+        Ok(())
+    }
+
+    fn evaluate(&mut self, on_event: &mut dyn FnMut(Event<'_>)) -> Result<EvaluationRecord, TrainError> {
+        let begun = Instant::now();
+        let loss = self.evaluation_loss()?;
+        let record = EvaluationRecord {
+            step: self.state.step,
+            loss: loss.mean(),
+            accuracy: loss.n_correct as f64 / loss.n_targets.max(1) as f64,
+            targets: loss.n_targets as u64,
+            seconds: begun.elapsed().as_secs_f64(),
+        };
+        let bound =
+            self.state.best.map_or(f64::INFINITY, |best| best.loss - self.config.evaluation.min_delta);
+        if record.loss < bound {
+            self.state.best = Some(Best { step: record.step, loss: record.loss });
+            self.state.evaluations_since_best = 0;
+        } else {
+            self.state.evaluations_since_best += 1;
+        }
+        on_event(Event::Evaluated(&record));
+        self.metrics.write(&Record::Evaluation(record))?;
+        Ok(record)
+    }
+
+    /// The loss of the weights as they are on the evaluation data.
+    pub fn evaluation_loss(&self) -> Result<LossSum, TrainError> {
+        let model = self.learner.model()?;
+        let mut loss = LossSum::default();
+        let (tokens, images) = (self.config.batch.tokens, self.config.batch.images);
+        let mut rest = self.evaluation.as_slice();
+        while !rest.is_empty() {
+            let mut sums = (0, 0);
+            let fits = rest.iter().take_while(|sequence| {
+                sums = (sums.0 + sequence.token_ids.len(), sums.1 + sequence.images.len());
+                sums.0 <= tokens && sums.1 <= images
+            });
+            let (batch, others) = rest.split_at(fits.count().max(1));
+            loss.add(&model.evaluate_loss(batch)?);
+            rest = others;
+        }
+        Ok(loss)
+    }
+
+    fn sample(&mut self, on_event: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
+        if self.prompts.is_empty() {
+            return Ok(());
+        }
+        let special = self.processor.special_tokens();
+        let config = &self.source.config;
+        let mut generation = GenerationConfig::from_checkpoint(config, &self.source.generation_config)?;
+        generation.image_token_ids = vec![special.image.id, special.fake_token_around_image.id];
+        let end = special.end_of_utterance.as_ref().map(|token| token.id);
+        generation.eos_token_ids.extend(end.filter(|id| !generation.eos_token_ids.contains(id)));
+        generation.max_new_tokens = Some(self.config.samples.max_new_tokens);
+        let model = self.learner.model()?;
+        let answers = generate(&model, Some(&self.processor), &self.prompts, &generation, |_| {
+            std::ops::ControlFlow::Continue(())
+        })?;
+        for (prompt, answer) in answers.iter().enumerate() {
+            let text =
+                answer.sequences.first().and_then(|sequence| sequence.text.as_deref()).unwrap_or_default();
+            let line = serde_json::json!({"step": self.state.step, "prompt": prompt, "text": text});
+            append_line(&self.config.output.join(SAMPLES_FILE), &line)?;
+            on_event(Event::Sampled { prompt, text });
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, on_event: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
+        let path = state::save(&self.config.output, &self.source, &self.learner.parameters, &self.state)?;
+        let best = self.state.best.map(|best| best.step);
+        state::prune(&self.config.output, self.config.checkpoints.keep, best)?;
+        self.rollbacks = 0;
+        on_event(Event::Saved(&path));
+        Ok(())
+    }
+
+    fn save_result(&self) -> Result<PathBuf, TrainError> {
+        let path = self.config.output.join(MODEL_FOLDER);
+        state::save_model(&path, &self.source, &self.learner.parameters)?;
+        Ok(path)
+    }
+}
+
+fn check_output(output: &Path, start: Start, found: &[(u64, PathBuf)]) -> Result<(), TrainError> {
+    let reason = match start {
+        Start::Resume if found.is_empty() => "there is no checkpoint to resume from",
+        Start::Fresh if !found.is_empty() => {
+            "there is a run already: resume it, or name another output directory"
+        }
+        _ => return Ok(()),
+    };
+    Err(TrainError::Output { path: output.to_owned(), reason: reason.to_owned() })
+}
+
+fn check_fit(config: &TrainConfig, source: &Checkpoint, processor: &Processor) -> Result<(), TrainError> {
+    let model = source.config.vocab_size + source.config.additional_vocab_size;
+    let tokenizer = processor.tokenizer().id_bound() as usize;
+    if tokenizer > model {
+        return Err(TrainError::Vocabulary { tokenizer, model });
+    }
+    let (length, positions) = (config.sequence.length, source.config.max_position_embeddings);
+    if length > positions {
+        return Err(TrainError::Positions { length, positions });
+    }
+    Ok(())
+}
+
+fn check_broken(report: &DataReport, max_broken: f64) -> Result<(), TrainError> {
+    let allowed = (report.checked as f64 * max_broken).max(10.0);
+    let all_broken = report.num_broken == report.checked;
+    match report.broken.first() {
+        Some(last) if all_broken || report.num_broken as f64 > allowed => {
+            let (broken, read) = (report.num_broken, report.checked);
+            Err(DataError::TooManyBroken { broken, read, limit: max_broken, last: last.clone() }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn mixture(sources: &[SourceConfig], held_out: f64, seed: u64, base: &Path) -> Result<Mixture, DataError> {
+    let share = |config: &SourceConfig| {
+        Ok(Share { source: config.open(base)?, weight: config.weight, shuffle: config.shuffle })
+    };
+    Mixture::new(sources.iter().map(share).collect::<Result<_, DataError>>()?, held_out, seed)
+}
+
+/// The sequences of all evaluations, read once.
+fn evaluation_set(
+    config: &TrainConfig,
+    training: &Mixture,
+    encoder: &Encoder,
+) -> Result<Vec<TrainingSequence>, TrainError> {
+    let encoder = encoder.without_augmentation();
+    let most = config.evaluation.max_samples;
+    let held_out = training.held_out();
+    // Evenly from all sources when there are more than are wanted.
+    let stride = held_out.len().div_ceil(most.max(1)).max(1);
+    let mut sequences = Vec::new();
+    let mut take = |mixture: &Mixture, addresses: &[Address]| {
+        for &address in addresses {
+            // A broken sample is named when it is met; here it only does not count.
+            if let Ok(loaded) = load(&encoder, &**mixture.source(address), address) {
+                sequences.extend(loaded);
+            }
+        }
+    };
+    take(training, &held_out.iter().copied().step_by(stride).collect::<Vec<_>>());
+    if !config.evaluation.data.is_empty() {
+        let mut mixture = mixture(&config.evaluation.data, 0.0, config.seed, Path::new(""))?;
+        let count = mixture.num_samples().min(most as u64);
+        let addresses: Vec<Address> = (0..count).map(|_| mixture.advance()).collect();
+        take(&mixture, &addresses);
+    }
+    Ok(sequences)
+}
+
+/// The largest batch that the run can meet, as far as its samples were looked at: the longest sequence, as often
+/// as a batch holds it.
+fn longest(
+    config: &TrainConfig,
+    mixture: &Mixture,
+    encoder: &Encoder,
+    report: &DataReport,
+) -> Result<Vec<TrainingSequence>, TrainError> {
+    let Some((address, tokens, images)) = report.longest else { return Ok(Vec::new()) };
+    let Ok(sequences) = load(encoder, &**mixture.source(address), address) else { return Ok(Vec::new()) };
+    let size = |sequence: &TrainingSequence| (sequence.token_ids.len(), sequence.images.len());
+    let Some(sequence) = sequences.into_iter().find(|sequence| size(sequence) == (tokens, images)) else {
+        return Ok(Vec::new());
+    };
+    let mut copies = config.batch.tokens / tokens.max(1);
+    if let Some(limit) = config.batch.images.checked_div(images) {
+        copies = copies.min(limit);
+    }
+    let copies = copies.min(config.batch.sequences.unwrap_or(usize::MAX)).max(1);
+    // The model computes a picture once however often it is shown: each copy gets pictures of its own.
+    let copy = |_| TrainingSequence {
+        images: sequence.images.iter().map(|image| Arc::new((**image).clone())).collect(),
+        ..sequence.clone()
+    };
+    Ok((0..copies).map(copy).collect())
+}
+
+fn prompts(config: &TrainConfig, processor: &Processor) -> Result<Vec<idefics::SequenceInputs>, TrainError> {
+    let segment = |part: &PromptPart| match part {
+        PromptPart::Text(text) => Segment::text(text),
+        PromptPart::Image(path) => Segment::Image(ImageSource::Path(path.clone())),
+    };
+    let prompts: Vec<Prompt> =
+        config.samples.prompts.iter().map(|parts| parts.iter().map(segment).collect()).collect();
+    let options =
+        ProcessOptions { add_end_of_utterance: AddEndOfUtterance::Never, ..ProcessOptions::default() };
+    Ok(processor.process(&prompts, &options)?)
+}
+
+fn context(config: &TrainConfig, weights: &Weights) -> Context {
+    let bytes = |is: fn(DType) -> bool| -> usize {
+        weights.iter().filter(|(_, weight)| is(weight.dtype())).map(|(_, weight)| weight.len()).sum()
+    };
+    let compute = match config.run.compute.into() {
+        ComputeType::F32 => Compute::F32,
+        ComputeType::Bf16 => Compute::Bf16,
+        ComputeType::Auto if bytes(|dtype| dtype == DType::Bf16) > bytes(|dtype| dtype != DType::Bf16) => {
+            Compute::Bf16
+        }
+        ComputeType::Auto => Compute::F32,
+    };
+    Context { isa: Isa::best(), compute }
+}
+
+fn make_parameters(
+    config: &TrainConfig,
+    source: &Checkpoint,
+    weights: Weights,
+) -> Result<Parameters, TrainError> {
+    let rules = config.trainable.rules(&source.config)?;
+    let is_tied = source.config.tie_word_embeddings;
+    let parameters = Parameters::new(weights, is_tied, config.run.precision, |name| rules.is_trained(name))?;
+    if parameters.num_trained() == 0 {
+        return Err(TrainError::NothingTrained);
+    }
+    Ok(parameters)
+}
+
+fn append_line(path: &Path, value: &serde_json::Value) -> Result<(), TrainError> {
+    use std::io::Write;
+    let mut file =
+        std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(io_error("write", path))?;
+    writeln!(file, "{value}").map_err(io_error("write", path))
+}
