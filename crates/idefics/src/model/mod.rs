@@ -14,6 +14,7 @@ mod loader;
 mod mlp;
 mod observe;
 mod perceiver;
+mod read_ahead;
 mod training;
 mod vision;
 
