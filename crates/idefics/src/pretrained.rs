@@ -95,8 +95,7 @@ impl Idefics {
         let ctx = Context { isa: options.isa.unwrap_or_else(Isa::best), compute };
         let adapters = Adapters::open(&options.adapters, &checkpoint.config)?;
         let weights = Adapted { weights: &checkpoint.weights, adapters: &adapters };
-        let mut model =
-            Model::new(checkpoint.config, &weights, ctx)?.with_other_sizes(options.other_sizes);
+        let mut model = Model::new(checkpoint.config, &weights, ctx)?.with_other_sizes(options.other_sizes);
         if let Some(resident_bytes) = resident_bytes(model.step_weight_bytes() as u64, available_memory()) {
             model = model.with_read_ahead(resident_bytes);
         }
