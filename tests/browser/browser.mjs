@@ -56,11 +56,14 @@ export const screenshot = (page, name) => page.screenshot({ path: join(process.e
 
 /** Picks files as with the dialog of the system. */
 export async function pick(page, ...names) {
-  await page.locator("#file").evaluate((input) => (input.dataset.before = "1"));
   const chooser = page.waitForEvent("filechooser");
   await page.click("#pick");
   await (await chooser).setFiles(names.map((name) => (name.includes("/") ? name : fixture(name))));
 }
+
+/** Waits until so many pictures are in the field. */
+export const pictures = (page, count) =>
+  page.waitForFunction((count) => document.querySelectorAll(".island[data-picture]").length === count, count);
 
 /** Drops or pastes files, as the browser would hand them over. */
 export async function transfer(page, kind, selector, names, at = null) {
@@ -93,7 +96,7 @@ export async function say(page, text) {
 
 /** Waits until nothing is being written, and gives the text of the last answer. */
 export async function lastAnswer(page) {
-  await page.waitForFunction(() => document.querySelector("#stop").hidden);
+  await page.waitForFunction(() => document.querySelector(".from-model") && document.querySelector("#stop").hidden);
   return page.locator(".from-model").last().locator(".text").innerText();
 }
 

@@ -5,7 +5,7 @@ import { mkdtempSync, readFileSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
-import { composed, fixture, lastAnswer, openBrowser, PHONE, pick, say, screenshot, transfer } from "./browser.mjs";
+import { composed, fixture, lastAnswer, openBrowser, PHONE, pick, pictures, say, screenshot, transfer } from "./browser.mjs";
 import { startStandIn } from "./stand-in.mjs";
 
 /** A test with a server and a fresh browser, at whose end nothing has gone wrong in the page. */
@@ -33,13 +33,13 @@ chatTest("pictures stay in their place in the text, picked, dropped and pasted",
   await page.click("#composer");
   await page.keyboard.type("Is ");
   await pick(page, "444.jpg");
-  await page.waitForSelector(".island");
+  await pictures(page, 1);
   await page.keyboard.type(" older than ");
   await transfer(page, "paste", "#composer", ["rgb.png"]);
-  await page.waitForFunction(() => document.querySelectorAll(".island").length === 2);
+  await pictures(page, 2);
   await page.keyboard.type(" or ");
   await transfer(page, "drop", "body", ["rgb.bmp"], { clientX: 5, clientY: 400 });
-  await page.waitForFunction(() => document.querySelectorAll(".island").length === 3);
+  await pictures(page, 3);
   await page.keyboard.type("?");
   assert.equal(await composed(page), "Is @ older than @ or @?");
   await screenshot(page, "desktop composing");
@@ -61,6 +61,7 @@ chatTest("pictures are moved and removed by keyboard and mouse", async (page) =>
   await page.click("#composer");
   await page.keyboard.type("one two three");
   await pick(page, "444.jpg");
+  await pictures(page, 1);
   const island = page.locator(".island");
   await island.focus();
   await page.keyboard.press("ArrowLeft");
@@ -71,7 +72,7 @@ chatTest("pictures are moved and removed by keyboard and mouse", async (page) =>
   assert.equal(await composed(page), "one two@ three");
   await page.keyboard.press("ArrowRight");
   assert.equal(await composed(page), "one two three@");
-  assert.match(await page.locator("#status").innerText(), /moved right/);
+  await page.waitForFunction(() => /moved right/.test(document.querySelector("#status").textContent));
   // Dragged to the start of the text.
   const { x, y } = await page.locator("#composer").boundingBox();
   await island.dragTo(page.locator("#composer"), { targetPosition: { x: 18, y: 44 } }).catch(() => {});
@@ -86,6 +87,7 @@ chatTest("pictures are moved and removed by keyboard and mouse", async (page) =>
   assert.equal(await composed(page), "one two three");
   await page.keyboard.press("End");
   await pick(page, "444.jpg");
+  await pictures(page, 1);
   await page.keyboard.press("Backspace");
   assert.equal(await page.locator(".island").count(), 0, "backspace takes a picture as a character");
 });
@@ -132,9 +134,10 @@ chatTest("asking again and editing keep every version", async (page, server) => 
   await page.locator(".from-user").first().getByLabel("Edit").click();
   await page.keyboard.type(" changed");
   await transfer(page, "paste", ".editing .editor", ["rgb.png"]);
-  await page.waitForSelector(".editing .island");
+  await page.waitForSelector(".editing .island[data-picture]");
   await screenshot(page, "desktop editing");
   await page.click(".editing >> text=Send");
+  await page.waitForSelector(".editing", { state: "detached" });
   assert.match(await lastAnswer(page), /“first changed” \[image\/png;\] in turn 1/);
   assert.equal(await page.locator(".message").count(), 2);
   await page.locator(".from-user").first().getByLabel("Earlier version").click();
@@ -225,7 +228,7 @@ chatTest("failures are told where they happen, and can be tried again", async (p
   assert.match(await page.locator(".failure").innerText(), /16 requests are waiting already\. Try again in 7 seconds/);
   await page.click("#new");
   await say(page, "flaky, and a message that is told about");
-  await page.waitForSelector(".failure >> text=the model failed");
+  await page.waitForSelector(".failure >> text=The model failed");
   await screenshot(page, "desktop error");
   await page.click(".failure >> text=Try again");
   assert.match(await lastAnswer(page), /flaky/);
@@ -233,7 +236,7 @@ chatTest("failures are told where they happen, and can be tried again", async (p
   assert.equal(await page.locator(".version").count(), 0, "a failure is no version");
   for (const [words, expected] of [
     ["too long", "2391 tokens"],
-    ["break off", "broke off"],
+    ["break off", "The answer broke off."],
     ["lost line", "connection was lost"],
   ]) {
     await page.click("#new");
@@ -347,6 +350,23 @@ chatTest("conversations go into files and come back", async (page, server) => {
   await page.waitForSelector("#notice >> text=Line 1: expected a message of the user");
 });
 
+chatTest("typing goes on while pictures are read, and the message waits for them", async (page, server) => {
+  await page.evaluate(() => {
+    const read = createImageBitmap;
+    window.createImageBitmap = async (...values) => {
+      await new Promise((resolve) => setTimeout(resolve, 500));
+      return read(...values);
+    };
+  });
+  await page.click("#composer");
+  await page.keyboard.type("Is ");
+  await transfer(page, "paste", "#composer", ["444.jpg"]);
+  await page.keyboard.type(" old?");
+  await page.keyboard.press("Enter");
+  await lastAnswer(page);
+  assert.deepEqual(kinds(server.requests[0]), ["Is", "image/jpeg", "old?"]);
+});
+
 chatTest("huge and turned pictures are drawn anew, and what is no picture is refused", async (page, server) => {
   const folder = mkdtempSync(join(tmpdir(), "chat-pictures-"));
   const huge = join(folder, "huge.png");
@@ -363,7 +383,7 @@ chatTest("huge and turned pictures are drawn anew, and what is no picture is ref
   await page.waitForSelector("#notice >> text=words.png");
   await page.click("#notice [aria-label=Dismiss]");
   await pick(page, huge, "orientation_6.jpg");
-  await page.waitForFunction(() => document.querySelectorAll(".island").length === 2);
+  await pictures(page, 2);
   await page.keyboard.press("Enter");
   await lastAnswer(page);
   const sizes = await page.evaluate(
@@ -392,7 +412,7 @@ chatTest("everything is reached by keyboard and has a name", async (page) => {
       .map((it) => it.outerHTML),
   );
   assert.deepEqual(nameless, []);
-  assert.match(await page.locator("#status").textContent(), /The model says: I see/);
+  await page.waitForFunction(() => /The model says: I see/.test(document.querySelector("#status").textContent));
   await page.keyboard.press("Escape");
   await page.locator("#title").click();
   await page.keyboard.press("/");

@@ -87,7 +87,11 @@ async function chat(request, response, state) {
       response.write(`data: ${JSON.stringify({ error: { message: "the answer broke off.", type: "server_error", code: 500 } })}\n\n`);
       return response.end();
     }
-    if (/lost/.test(words) && sent === 3) return response.destroy();
+    if (/lost/.test(words) && sent === 3) {
+      // Not before what was written is on its way.
+      await wait(100);
+      return response.destroy();
+    }
   }
   delta({}, /cut/.test(words) && body.messages.at(-1).role === "user" ? "length" : "stop");
   send({ choices: [], usage: { prompt_tokens: 30, completion_tokens: sent, total_tokens: 30 + sent, prompt_tokens_details: { cached_tokens: 12, image_tokens: 3 } } });

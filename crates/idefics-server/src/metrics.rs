@@ -187,6 +187,14 @@ impl Stopwatch {
         let old = metrics.typical_micros.load(Ordering::Relaxed);
         let new = took.as_micros() as u64;
         metrics.typical_micros.store(if old == 0 { new } else { (7 * old + new) / 8 }, Ordering::Relaxed);
+        tracing::info!(
+            prompt_tokens = usage.prompt_tokens,
+            cached_tokens = usage.cached_tokens,
+            images = usage.images,
+            generated_tokens = usage.generated_tokens,
+            milliseconds = took.as_secs_f64() * 1e3,
+            "answered"
+        );
         self.is_over = true;
     }
 

@@ -66,9 +66,9 @@ function tell(error) {
     const label = apiKey.get() ? "The API key is not right." : "This server wants an API key.";
     showNotice(label, { label: "Enter the key", run: () => openSettings("apiKey") });
   } else if (error instanceof ApiError && error.status === 503) {
-    showNotice(`The server is not ready: ${error.message}`, { label: "Try again", run: connect });
+    showNotice(`The server is not ready: ${error.message.replace(/[.]$/, "")}.`, { label: "Try again", run: connect });
   } else if (error instanceof ApiError) {
-    showNotice(error.message, { label: "Try again", run: connect });
+    showNotice(asSentence(error.message), { label: "Try again", run: connect });
   } else if (error instanceof PictureError || error instanceof TranscriptError) {
     showNotice(error.message);
   } else {
@@ -219,15 +219,28 @@ function titleOf(parts) {
 
 // ---------------------------------------------------------------- writing a message
 
+/** Files that are being read: a message does not leave without its pictures. */
+const reading = new Set();
+
 async function addFiles(target, files) {
-  for (const file of files) {
-    if (/\.jsonl$/i.test(file.name)) {
-      await importFile(file);
-      continue;
-    }
-    const picture = { ...(await readPicture(file)), id: store.newId() };
+  const work = Promise.all(files.map((file) => addFile(target, file)));
+  const settled = work.catch(() => {}).finally(() => reading.delete(settled));
+  reading.add(settled);
+  await work;
+}
+
+async function addFile(target, file) {
+  if (/\.jsonl$/i.test(file.name)) {
+    await importFile(file);
+    return;
+  }
+  const place = target.reserve(file.name);
+  let picture;
+  try {
+    picture = { ...(await readPicture(file)), id: store.newId() };
     state.pictures.set(picture.id, picture);
-    target.insert(picture);
+  } finally {
+    target.settle(place, picture);
   }
 }
 
@@ -251,6 +264,7 @@ const composer = new Composer($("composer"), {
 });
 
 async function submit() {
+  if (reading.size) await Promise.all(reading);
   if (state.running.has(state.conversation.id)) return;
   const parts = composer.parts();
   if (!parts.length) return;
@@ -356,9 +370,15 @@ async function write(conversation, answer, path) {
   }
 }
 
+/** Servers write their reasons in lower case. */
+function asSentence(text) {
+  const start = text.charAt(0).toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(start) ? start : `${start}.`;
+}
+
 function messageOf(error) {
-  if (error instanceof ApiError && error.retryAfter) return `${error.message} Try again in ${error.retryAfter} seconds.`;
-  return error.message;
+  const message = asSentence(error.message);
+  return error instanceof ApiError && error.retryAfter ? `${message} Try again in ${error.retryAfter} seconds.` : message;
 }
 
 /** Another answer in the place of `node`. One that failed is replaced, others stay as versions. */
@@ -404,6 +424,7 @@ function edit(node) {
   const send = element("button", { type: "button", class: "button primary small", text: "Send" });
   const editor = new Composer(field, {
     onSubmit: guarded(async () => {
+      if (reading.size) await Promise.all(reading);
       const parts = editor.parts();
       if (!parts.length || state.running.has(state.conversation.id)) return;
       editor.close();
@@ -421,7 +442,7 @@ function edit(node) {
   });
   send.addEventListener("click", () => editor.how.onSubmit());
   const cancel = element("button", { type: "button", class: "button small", text: "Cancel", on: { click: close } });
-  const pick = iconButton("picture", "Add pictures", () => pickFiles((files) => addFiles(editor, files)));
+  const pick = iconButton("picture", "Add pictures", () => pickFiles(editor));
   message.replaceChildren(element("div", { class: "editing" }, field, element("div", { class: "editing-tools" }, pick, cancel, send)));
   acceptDrops(message, editor);
   editor.fill(node.parts, state.pictures);
@@ -480,12 +501,13 @@ $("to-end").addEventListener("click", scrollToEnd);
 
 // ---------------------------------------------------------------- files
 
-function pickFiles(use) {
+function pickFiles(target) {
   const input = $("file");
   input.onchange = () => {
     const files = [...input.files];
     input.value = "";
-    guarded(use)(files);
+    target.editor.focus();
+    guarded(addFiles)(target, files);
   };
   input.click();
 }
@@ -559,8 +581,8 @@ const clicks = {
   new: startConversation,
   send: () => composer.how.onSubmit(),
   stop,
-  pick: () => pickFiles((files) => addFiles(composer, files)),
-  import: () => pickFiles((files) => addFiles(composer, files)),
+  pick: () => pickFiles(composer),
+  import: () => pickFiles(composer),
   export: exportFile,
   "open-settings": () => openSettings(),
   "model-name": openInfo,
@@ -601,20 +623,34 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// What is there of an answer is kept when the page goes away.
+// What is there of an answer is kept when the page goes away. The database would be too late then.
+const UNFINISHED = "idefics.unfinished";
+
 addEventListener("pagehide", () => {
-  for (const { node, conversation } of state.running.values()) {
-    node.status = "stopped";
-    store.saveConversation(conversation);
-  }
+  if (!state.running.size) return;
+  const unfinished = [...state.running.values()].map(({ node }) => [node.id, store.textOf(node)]);
+  localStorage.setItem(UNFINISHED, JSON.stringify(unfinished));
 });
+
+/** Ends the answers that earlier pages were writing. */
+async function settle() {
+  const unfinished = new Map(JSON.parse(localStorage.getItem(UNFINISHED) ?? "[]"));
+  for (const conversation of state.conversations) {
+    const left = conversation.nodes.filter((node) => node.status === "streaming" && unfinished.has(node.id));
+    for (const node of left) {
+      node.status = "stopped";
+      node.parts = [{ type: "text", text: unfinished.get(node.id) }];
+    }
+    if (left.length) await store.saveConversation(conversation);
+  }
+  localStorage.removeItem(UNFINISHED);
+  // Of a page that crashed there is what it kept last.
+  for (const { nodes } of state.conversations) for (const node of nodes) if (node.status === "streaming") node.status = "stopped";
+}
 
 const begin = guarded(async () => {
   await refreshList();
-  for (const conversation of state.conversations) {
-    // The page that wrote them is gone.
-    for (const node of conversation.nodes) if (node.status === "streaming") node.status = "stopped";
-  }
+  await settle();
   draw();
 });
 

@@ -14,7 +14,7 @@ use std::{
 };
 
 use idefics::checkpoint::{Checkpoint, CheckpointWriter, DType, TensorSpec, WriteError, expected_tensors};
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{Dtype, View, tensor::Metadata};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -299,7 +299,8 @@ impl TensorFile {
         }
         header.resize(8 + length as usize, 0);
         file.read_exact(&mut header[8..]).map_err(&io)?;
-        let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|error| bad(&error.to_string()))?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header[8..]).map_err(|error| bad(&error.to_string()))?;
         let tensors = metadata
             .tensors()
             .into_iter()

@@ -74,6 +74,11 @@ fn check(run: &str, mut learner: Learner, passes: usize) {
     let final_norms = expected["final_norms"].as_object().unwrap();
     assert_eq!(learner.parameters.trained().count(), final_norms.len(), "{run}: trained weights");
     for (name, parameter) in learner.parameters.trained() {
+        // A softmax does not change when all keys move alike, so these have no gradient but rounding, of which
+        // Adam makes whole steps.
+        if name.ends_with("k_layer_norm.bias") || name.ends_with("k_proj.bias") {
+            continue;
+        }
         let norm = parameter.values().iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
         let expected = final_norms[name].as_f64().unwrap();
         assert!((norm - expected).abs() < 2e-4 * expected.max(1.0), "{run}, {name}: {norm}, not {expected}");

@@ -19,7 +19,7 @@ use idefics_server::{
     logging::{self, LogFormat, LogLevel},
 };
 
-use crate::model::ModelArgs;
+use crate::{model::ModelArgs, output};
 
 /// Serve a model over HTTP: OpenAI's and text-generation-inference's dialects, metrics, a web chat
 ///
@@ -157,7 +157,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let engine = engine_options(&args.limits)?;
     let server = Server::bind(options)?;
     // Programs that ask for port 0 read the address from here.
-    println!("http://{}", server.address());
+    output::print(&format!("http://{}", server.address()))?;
     let (model, names) = (args.model, args.network.names);
     server.run(move || load(&model, &names, engine).map_err(Into::into))?;
     Ok(())

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use idefics::generate::EngineOptions;
+use idefics::{generate::EngineOptions, processor::FetchPolicy};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -20,7 +20,7 @@ use crate::{
     listen::Server,
     options::{Limits, ServerOptions},
     state::App,
-    testing::loaded,
+    testing::{loaded, picture},
 };
 
 /// A server on a socket of its own.
@@ -156,6 +156,116 @@ async fn a_client_that_leaves_in_midst_of_a_stream_cancels_its_answers() {
     drop(stream);
     live.is_well().await;
     assert!(live.engine.stats().cancelled > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_before_its_pictures_are_read_costs_no_more() {
+    let limits = Limits { media_tasks: 1, ..Limits::default() };
+    let live = Live::start(limits).await;
+    let held = live.app.media.clone().acquire_owned().await.unwrap();
+    let mut stream = live.connect().await;
+    stream.write_all(&request("/v1/chat/completions", &seen(&picture("444.jpg")))).await.unwrap();
+    live.wait("there", |live| live.app.requests_in_progress() == 1).await;
+    drop(stream);
+    live.wait("gone", |live| live.app.requests_in_progress() == 0).await;
+    drop(held);
+    live.is_well().await;
+    assert_eq!(live.engine.stats().images_encoded, 0);
+}
+
+fn seen(url: &str) -> Value {
+    json!({"max_tokens": 2, "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": url}}]}]})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn addresses_that_mislead_or_never_end_are_refused_in_time() {
+    let fetch = FetchPolicy {
+        timeout: Duration::from_millis(500),
+        max_bytes: 1 << 20,
+        allowed_addresses: vec![[127, 0, 0, 1].into()],
+        allow_any_port: true,
+        ..FetchPolicy::default()
+    };
+    let live = Live::with(ServerOptions { fetch, ..ServerOptions::default() }).await;
+    let host = picture_host();
+    for (path, status, code) in [
+        ("good", "200", None),
+        ("to-private", "400", Some("image_not_fetched")),
+        ("to-itself", "400", Some("image_not_fetched")),
+        ("silent", "400", Some("image_not_fetched")),
+        ("dripping", "400", Some("image_not_fetched")),
+        ("endless", "400", Some("image_not_fetched")),
+        ("text", "415", Some("unsupported_image")),
+        ("missing", "400", Some("image_not_fetched")),
+    ] {
+        let start = Instant::now();
+        let url = format!("http://{host}/{path}?token=secret");
+        let reply = live.exchange(&request("/v1/chat/completions", &seen(&url))).await;
+        assert_eq!(reply.get(9..12), Some(status), "{path}: {reply}");
+        assert!(code.is_none_or(|code| reply.contains(code)), "{path}: {reply}");
+        assert!(!reply.contains("secret"), "{reply}");
+        assert!(start.elapsed() < Duration::from_secs(30), "{path}");
+    }
+    live.is_well().await;
+}
+
+/// Serves pictures and mischief by path.
+fn picture_host() -> SocketAddr {
+    use std::io::{BufRead, BufReader, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let good = std::fs::read(idefics_testing::fixture("processor/444.jpg")).unwrap();
+    let serve = move |stream: std::net::TcpStream| -> std::io::Result<()> {
+        let mut line = String::new();
+        let mut stream = BufReader::new(stream);
+        stream.read_line(&mut line)?;
+        let mut header = String::new();
+        while header != "\r\n" {
+            header.clear();
+            stream.read_line(&mut header)?;
+        }
+        let stream = stream.get_mut();
+        let path = line.split(['/', '?']).nth(1).unwrap_or_default();
+        let ok = "HTTP/1.1 200 OK\r\nconnection: close\r\n";
+        let to = |url: &str| format!("HTTP/1.1 302 Found\r\nlocation: {url}\r\ncontent-length: 0\r\n\r\n");
+        match path {
+            "good" => {
+                write!(stream, "{ok}content-length: {}\r\n\r\n", good.len())?;
+                stream.write_all(&good)
+            }
+            "to-private" => stream.write_all(to("http://127.0.0.2/secret").as_bytes()),
+            "to-itself" => stream.write_all(to("/to-itself").as_bytes()),
+            "silent" => {
+                std::thread::sleep(Duration::from_secs(5));
+                Ok(())
+            }
+            "dripping" => {
+                write!(stream, "{ok}\r\n")?;
+                loop {
+                    stream.write_all(b"x")?;
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+            "endless" => {
+                write!(stream, "{ok}\r\n")?;
+                loop {
+                    stream.write_all(&[0; 4096])?;
+                }
+            }
+            "text" => write!(stream, "{ok}content-length: 6\r\n\r\nsecret"),
+            _ => stream.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 6\r\n\r\nsecret"),
+        }
+    };
+    let serve = Arc::new(serve);
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let serve = serve.clone();
+            // The other side goes away when it has seen enough.
+            std::thread::spawn(move || drop(serve(stream)));
+        }
+    });
+    address
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,10 @@
 //! Keys, hosts, readiness, pages, metrics, request ids.
 
+use std::{
+    io::Write,
+    sync::{Arc, Mutex},
+};
+
 use axum::{
     body::Body,
     http::{Request, header},
@@ -180,14 +185,14 @@ async fn metrics_count_what_happened() {
     let metrics = server.get("/metrics").await;
     assert!(metrics.headers["content-type"].to_str().unwrap().starts_with("application/openmetrics-text"));
     for line in [
-        "idefics_ready 1",
+        "idefics_ready 1.0",
         "idefics_requests_total{method=\"POST\",route=\"/generate\",status=\"200\"} 2",
         "idefics_requests_total{method=\"GET\",route=\"other\",status=\"404\"} 1",
         "idefics_generated_tokens_total 10",
         "idefics_time_to_first_token_seconds_count 2",
         "idefics_inter_token_seconds_count 8",
         "idefics_answer_seconds_count 2",
-        "idefics_engine_finished_total 2",
+        "idefics_engine_finished_total 2.0",
         "idefics_answers_cancelled_total 0",
     ] {
         assert!(metrics.body.lines().any(|it| it == line), "{line} in\n{}", metrics.body);
@@ -226,4 +231,46 @@ async fn the_document_describes_every_route() {
         assert!(schemas.get(name).is_some(), "{name}");
     }
     assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
+}
+
+/// What is logged while it lives.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn logs_have_ids_and_figures_and_no_word_of_a_request() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .json()
+        .with_max_level(tracing::Level::TRACE)
+        .with_writer(move || writer.clone())
+        .finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let server = TestServer::new();
+    let chat = |content: &str| json!({"max_tokens": 2, "messages": [{"role": "user", "content": content}]});
+    for json in
+        [chat("a secret"), json!({"secret": [1, "secret"]}), json!({"messages": [{"role": "secret"}]})]
+    {
+        let mut request = post("/v1/chat/completions?secret=1", &json);
+        request.headers_mut().insert("x-request-id", "id-of-mine".parse().unwrap());
+        request.headers_mut().insert("authorization", "Bearer secret".parse().unwrap());
+        server.send(request).await;
+    }
+    server.get("/secret/path").await;
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert!(!log.contains("secret"), "{log}");
+    assert_eq!(log.lines().filter(|line| line.contains("\"message\":\"done\"")).count(), 4, "{log}");
+    assert!(log.lines().any(|line| line.contains("\"answered\"") && line.contains("id-of-mine")), "{log}");
 }

@@ -48,6 +48,7 @@ export class Composer {
     const walk = (node) => {
       if (node.nodeType === Node.TEXT_NODE) text(node.data.replaceAll("\u00a0", " ").replaceAll("\u200b", ""));
       else if (node.dataset?.picture) parts.push({ type: "image", id: node.dataset.picture });
+      else if (node.classList?.contains("is-loading")) return;
       else if (node.nodeName === "BR") text("\n");
       else {
         // Lines that a browser wraps in blocks of their own.
@@ -98,15 +99,30 @@ export class Composer {
     selection.collapseToEnd();
   }
 
-  /** Puts a picture where the caret is, or was. */
-  insert(picture) {
+  /** Keeps a place for a picture where the caret is, or was, while it is read and the writer goes on. */
+  reserve(name) {
     const range = this.#place();
+    this.editor.focus();
     range.deleteContents();
-    const island = this.#island(picture);
-    range.insertNode(island);
-    this.#caretBehind(island);
+    const place = document.createElement("span");
+    place.className = "island is-loading";
+    place.contentEditable = "false";
+    place.title = name;
+    range.insertNode(place);
+    this.#caretBehind(place);
     this.#changed();
-    this.how.announce(`Picture added: ${picture.name}`);
+    return place;
+  }
+
+  /** Puts a picture into its place, unless that was deleted meanwhile; without a picture the place goes. */
+  settle(place, picture) {
+    if (!this.editor.contains(place)) return;
+    if (picture) {
+      // The element stays: putting another in its stead would move the caret in front of it.
+      this.#island(picture, place);
+      this.how.announce(`Picture added: ${picture.name}`);
+    } else place.remove();
+    this.#changed();
   }
 
   insertText(text) {
@@ -115,6 +131,8 @@ export class Composer {
   }
 
   #place() {
+    // What is remembered may lag behind what is typed.
+    if (document.activeElement === this.editor) this.#remember();
     if (this.lastRange && this.editor.contains(this.lastRange.commonAncestorContainer)) return this.lastRange;
     const range = document.createRange();
     range.selectNodeContents(this.editor);
@@ -136,10 +154,10 @@ export class Composer {
     this.lastRange = range.cloneRange();
   }
 
-  #island(picture) {
+  #island(picture, island = document.createElement("span")) {
     this.pictures.set(picture.id, picture);
-    const island = document.createElement("span");
     island.className = "island";
+    island.removeAttribute("title");
     island.contentEditable = "false";
     island.draggable = true;
     island.dataset.picture = picture.id;
@@ -265,7 +283,11 @@ export class Composer {
       this.#endDrag();
       return;
     }
-    if (isInside && !range.startContainer.parentElement?.closest(".island")) this.lastRange = range;
+    if (isInside && !range.startContainer.parentElement?.closest(".island")) {
+      getSelection().removeAllRanges();
+      getSelection().addRange(range);
+      this.lastRange = range;
+    }
     const files = [...event.dataTransfer.files];
     if (files.length) this.how.onFiles(files);
     else if (event.dataTransfer.getData("text/plain")) this.insertText(event.dataTransfer.getData("text/plain"));

@@ -63,6 +63,7 @@ export class Thread {
     else {
       shown.text = element("div", { class: "text", text: textOf(node) });
       body.append(shown.text);
+      if (node.status !== "streaming" && textOf(node) === "") body.hidden = true;
       if (node.status === "streaming") body.append(element("span", { class: "caret", "aria-hidden": "true" }));
     }
     const root = element(
@@ -119,7 +120,7 @@ export class Thread {
     const actions = element("div", { class: `actions${isLast ? " is-last" : ""}`, role: "group", "aria-label": "What to do with this message" });
     if (textOf(node)) actions.append(iconButton("copy", "Copy", (event) => this.#copy(node, event.currentTarget)));
     if (node.role === "user") actions.append(iconButton("edit", "Edit", () => this.how.onEdit(node)));
-    else actions.append(iconButton("retry", "Answer again", () => this.how.onRetry(node)));
+    else if (node.status !== "error") actions.append(iconButton("retry", "Answer again", () => this.how.onRetry(node)));
     actions.append(...this.#branches(node));
     if (node.usage && node.role === "assistant") actions.append(element("span", { class: "usage", text: usageOf(node) }));
     return actions;
