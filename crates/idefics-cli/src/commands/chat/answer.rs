@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn a_second_question_reads_only_what_is_new() {
         let loaded = Loaded {
-            model: Idefics::from_pretrained(fixture("tiny"), &LoadOptions::default()).unwrap(),
+            model: Arc::new(Idefics::from_pretrained(fixture("tiny"), &LoadOptions::default()).unwrap()),
             processor: Processor::from_pretrained(fixture("tiny")).unwrap(),
             options: ProcessOptions {
                 add_end_of_utterance: DIALOGUE_END_OF_UTTERANCE,
@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn prompts_that_cannot_be_answered_are_refused() {
         let loaded = Loaded {
-            model: Idefics::from_pretrained(fixture("tiny"), &LoadOptions::default()).unwrap(),
+            model: Arc::new(Idefics::from_pretrained(fixture("tiny"), &LoadOptions::default()).unwrap()),
             processor: Processor::from_pretrained(fixture("tiny")).unwrap(),
             options: ProcessOptions::default(),
         };
