@@ -33,7 +33,8 @@ export async function openBrowser(url, { viewport = DESKTOP, colorScheme = "ligh
   });
   await context.grantPermissions(["clipboard-read", "clipboard-write"]);
   const page = context.pages()[0] ?? (await context.newPage());
-  page.setDefaultTimeout(10_000);
+  // A limit for what hangs, not for slow machines.
+  page.setDefaultTimeout(60_000);
   const problems = [];
   page.on("pageerror", (error) => problems.push(`error in the page: ${error.message}`));
   page.on("console", (message) => {

@@ -431,6 +431,27 @@ chatTest("everything is reached by keyboard and has a name", async (page) => {
   assert.equal(await page.evaluate(() => document.activeElement.id), "open-settings", "the focus comes back");
 });
 
+chatTest("without the browser's storage the chat still works, and says so", async (page, server) => {
+  await page.addInitScript(() => {
+    IDBFactory.prototype.open = () => {
+      throw new DOMException("no storage", "SecurityError");
+    };
+  });
+  await page.reload();
+  await page.waitForSelector("#notice >> text=keeps nothing");
+  await page.click("#composer");
+  await pick(page, "444.jpg");
+  await pictures(page, 1);
+  await page.keyboard.type("hi");
+  await page.keyboard.press("Enter");
+  await lastAnswer(page);
+  await page.click("#new");
+  await page.click(".open:has-text('hi')");
+  await say(page, "again");
+  await page.waitForFunction(() => /in turn 2/.test(document.querySelector(".message:last-child")?.textContent));
+  assert.equal(server.requests.at(-1).messages[0].content[0].type, "image_url");
+});
+
 chatTest("text is never markup, and keeps its lines", async (page) => {
   await page.click("#composer");
   await page.keyboard.type("say: <img src=x onerror=alert(1)>");

@@ -21,7 +21,7 @@ applyTheme(settings.theme);
 const state = {
   conversations: [],
   conversation: store.newConversation(),
-  /** Pictures of the present conversation and of the message being written, by id. */
+  /** Pictures of the conversations that were opened and of messages being written, by id. */
   pictures: new Map(),
   /** Answers that are being written: conversation id -> {controller, node}. */
   running: new Map(),
@@ -88,7 +88,8 @@ const connect = guarded(async () => {
   try {
     const { model, info } = await describeModel();
     Object.assign(state, { model, info });
-    hideNotice();
+    // What is told of other things stays.
+    if ($("notice").querySelector("button:not(.icon-button)")) hideNotice();
     const isBase = model.meta?.form === "base";
     $("model-name").textContent = model.id;
     $("model-name").title = model.id;
@@ -121,9 +122,18 @@ function openInfo() {
 
 // ---------------------------------------------------------------- conversations
 
-async function refreshList() {
-  state.conversations = await store.allConversations();
-  drawList();
+let isForgetful = false;
+
+/** What the browser's storage does. Without one the chat works, until the page is closed. */
+async function kept(work) {
+  try {
+    return await work;
+  } catch (error) {
+    console.warn(error);
+    if (!isForgetful) showNotice("This browser keeps nothing for this page: conversations end with it.");
+    isForgetful = true;
+    return undefined;
+  }
 }
 
 function drawList() {
@@ -131,7 +141,7 @@ function drawList() {
 }
 
 async function keep(conversation = state.conversation) {
-  await store.saveConversation(conversation);
+  await kept(store.saveConversation(conversation));
   const others = state.conversations.filter((it) => it.id !== conversation.id);
   state.conversations = [conversation, ...others].sort((a, b) => b.updated - a.updated);
   drawList();
@@ -142,9 +152,7 @@ async function openConversation(id) {
   const found = running?.conversation ?? state.conversations.find((it) => it.id === id);
   if (!found) return;
   state.conversation = found;
-  const kept = await store.picturesOf(id);
-  state.pictures = new Map(kept.map((picture) => [picture.id, picture]));
-  thread.how.pictures = state.pictures;
+  for (const picture of (await kept(store.picturesOf(id))) ?? []) state.pictures.set(picture.id, picture);
   composer.clear();
   draw();
   closeSidebar();
@@ -154,8 +162,6 @@ async function openConversation(id) {
 
 function startConversation() {
   state.conversation = store.newConversation();
-  state.pictures = new Map();
-  thread.how.pictures = state.pictures;
   composer.clear();
   draw();
   closeSidebar();
@@ -184,13 +190,13 @@ const sidebar = new Sidebar($("conversations"), {
   onOpen: guarded(openConversation),
   onRename: guarded(async (conversation, title) => {
     conversation.title = title;
-    await keep(conversation);
     if (conversation.id === state.conversation.id) $("title").textContent = title;
+    await keep(conversation);
   }),
   onDelete: guarded(async (conversation) => {
     if (!(await confirmDelete(conversation))) return;
     state.running.get(conversation.id)?.controller.abort();
-    await store.deleteConversation(conversation.id);
+    await kept(store.deleteConversation(conversation.id));
     state.conversations = state.conversations.filter((it) => it.id !== conversation.id);
     announce("Conversation deleted");
     if (conversation.id === state.conversation.id) startConversation();
@@ -250,7 +256,7 @@ async function keepPictures(parts) {
     const picture = part.type === "image" && state.pictures.get(part.id);
     if (picture && picture.conversation !== state.conversation.id) {
       picture.conversation = state.conversation.id;
-      await store.savePicture(picture);
+      await kept(store.savePicture(picture));
     }
   }
 }
@@ -546,7 +552,10 @@ async function importFile(file) {
   const { conversation, pictures, system } = await fromLines(await file.text());
   const first = store.pathOf(conversation)[0];
   conversation.title = titleOf(first.parts);
-  for (const picture of pictures) await store.savePicture(picture);
+  for (const picture of pictures) {
+    state.pictures.set(picture.id, picture);
+    await kept(store.savePicture(picture));
+  }
   await keep(conversation);
   await openConversation(conversation.id);
   if (system && system !== settings.system) showNotice(`The file has a system text: “${system}”. It can be set in the settings.`);
@@ -641,7 +650,7 @@ async function settle() {
       node.status = "stopped";
       node.parts = [{ type: "text", text: unfinished.get(node.id) }];
     }
-    if (left.length) await store.saveConversation(conversation);
+    if (left.length) await kept(store.saveConversation(conversation));
   }
   localStorage.removeItem(UNFINISHED);
   // Of a page that crashed there is what it kept last.
@@ -649,7 +658,7 @@ async function settle() {
 }
 
 const begin = guarded(async () => {
-  await refreshList();
+  state.conversations = (await kept(store.allConversations())) ?? [];
   await settle();
   draw();
 });
