@@ -26,11 +26,11 @@ the blocks between them are new and have to be trained. The same seed gives the 
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Directory of a CLIPVisionModel, or of a CLIPModel, whose vision half is taken
+    /// Directory of a `CLIPVisionModel`, or of a `CLIPModel`, whose vision half is taken
     #[arg(long, value_name = "DIR", requires = "text")]
     vision: Option<PathBuf>,
 
-    /// Directory of a LlamaForCausalLM with its tokenizer
+    /// Directory of a `LlamaForCausalLM` with its tokenizer
     #[arg(long, value_name = "DIR", requires = "vision")]
     text: Option<PathBuf>,
 

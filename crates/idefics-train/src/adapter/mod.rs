@@ -75,7 +75,8 @@ pub fn new_layers(model: &IdeficsConfig, lora: &LoraConfig, seed: u64) -> Result
 }
 
 /// Writes an adapter to `out`, a new or empty directory. `replaced` are modules that were trained whole, by the names
-/// of their weights: all of a module's or none, as PEFT reads modules and no single weights; `base_model` is what PEFT and a reader are told that the adapter is for.
+/// of their weights: all of a module's or none, as PEFT reads modules and no single weights. `base_model` is what PEFT
+/// and a reader are told that the adapter is for.
 pub fn write_adapter(
     out: &Path,
     lora: &LoraConfig,
@@ -96,8 +97,9 @@ pub fn write_adapter(
 
     let writer = CheckpointWriter::create(out)?;
     let mut weights = tensors.iter().map(|(_, weight)| (*weight).clone());
-    writer.write_file_of_weights(WEIGHTS_FILE, &specs, |_| {
-        Ok::<_, WriteError>(weights.next().expect("there is a weight for each description"))
+    writer.write_file_of_weights(WEIGHTS_FILE, &specs, |spec| match weights.next() {
+        Some(weight) => Ok::<_, WriteError>(weight),
+        None => unreachable!("{}: there is a weight for each description", spec.name),
     })?;
     writer.write_json(CONFIG_FILE, &config_json(lora, base_model, replaced))?;
     writer.finish()
@@ -105,8 +107,9 @@ pub fn write_adapter(
 
 /// `adapter_config.json`, with the fields that PEFT cannot do without.
 fn config_json(lora: &LoraConfig, base_model: &str, replaced: &[(String, Weight)]) -> Value {
-    let mut value =
-        serde_json::to_value(lora).expect("a configuration holds nothing that JSON has no form for");
+    let Ok(mut value) = serde_json::to_value(lora) else {
+        unreachable!("a configuration holds nothing that JSON has no form for")
+    };
     if !replaced.is_empty() {
         let module = |(name, _): &(String, Weight)| {
             let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
