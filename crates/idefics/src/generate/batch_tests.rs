@@ -235,7 +235,11 @@ fn memory_is_counted_before_a_request_starts() {
     let large = run.submit(prompt(&[3; 80], &[]), answer_of(10));
     let small: Vec<_> = (0..5).map(|token| run.submit(prompt(&[token], &[]), answer_of(1))).collect();
     run.finish();
-    assert_eq!(run.started, [0, small[0], small[1], large, small[2], small[3], small[4]], "two may overtake it");
+    assert_eq!(
+        run.started,
+        [0, small[0], small[1], large, small[2], small[3], small[4]],
+        "two may overtake it"
+    );
 }
 
 #[test]
