@@ -175,6 +175,9 @@ fn outputs_are_not_mixed_up() {
     let other = Run { dir: run.dir, overrides: vec!["trainable.preset=frozen-backbones".to_owned()] };
     let error = other.trainer("old", Start::Resume).err().unwrap().to_string();
     assert!(error.contains("it trains other weights"), "{error}");
+    let other = Run { overrides: vec!["seed=3".to_owned()], ..other };
+    let error = other.trainer("old", Start::Resume).err().unwrap().to_string();
+    assert!(error.contains("the data has changed since"), "{error}");
 }
 
 #[test]
@@ -269,4 +272,45 @@ fn broken_samples_are_named_and_too_many_stop_the_run() {
     fs::write(&path, format!("{text}\n{}", ["nonsense"; 100].join("\n"))).unwrap();
     let error = run.trainer("more", Start::Fresh).err().unwrap().to_string();
     assert!(error.contains("are broken"), "seen before the run begins: {error}");
+}
+
+/// QLoRA: the packed layers stay, the factors move, a run that was stopped goes on, and the adapter is what the
+/// model with its factors was.
+#[test]
+fn adapters_are_trained_beside_packed_layers() {
+    let run = Run::new(&[
+        "lora.r=4",
+        "lora.dropout=0.1",
+        "lora.targets=['q_proj','v_proj','down_proj']",
+        "quantize.format=nf4",
+        "optimizer.learning_rate=2e-2",
+    ]);
+    let whole = run.finish("whole", Start::Fresh);
+    let steps = run.steps("whole");
+    assert!(steps[11].loss < 0.9 * steps[0].loss, "{steps:?}");
+    run.stop_after("stopped", Start::Fresh, 7);
+    let resumed = run.finish("stopped", Start::Resume);
+    assert_eq!(run.steps("stopped"), steps);
+    assert_eq!(resumed.evaluation.unwrap().loss, whole.evaluation.unwrap().loss);
+    let adapter = |name: &str| fs::read(run.output(name).join("adapter/adapter_model.safetensors")).unwrap();
+    assert_eq!(adapter("whole"), adapter("stopped"));
+
+    // The finished adapter as the beginning of another run has the loss that this one ended with.
+    let start = format!("lora.start='{}'", run.output("whole").join("adapter").display());
+    let overrides = run.overrides.iter().cloned().chain([start]).collect();
+    let next = Run { overrides, ..run };
+    let trainer = next.trainer("next", Start::Fresh).unwrap();
+    assert_eq!(trainer.evaluation_loss().unwrap().mean(), whole.evaluation.unwrap().loss);
+    let packed = trainer.parameters().frozen().iter_packed().count();
+    assert!(packed > 0);
+    assert!(trainer.parameters().trained().all(|(name, _)| name.contains("lora_")));
+}
+
+#[test]
+fn packed_layers_cannot_be_trained_themselves() {
+    let run = Run::new(&["quantize.format=nf4"]);
+    let error = run.trainer("x", Start::Fresh).err().unwrap().to_string();
+    assert!(error.contains("is packed as nf4 and cannot be trained"), "{error}");
+    let run = Run::new(&["trainable.preset=nothing"]);
+    assert!(matches!(run.trainer("x", Start::Fresh), Err(TrainError::NothingTrained)));
 }

@@ -9,6 +9,7 @@ use std::{
 use anyhow::Context;
 use idefics_train::{
     config::TrainConfig,
+    memory::{gigabytes, peak_bytes},
     metrics::StepRecord,
     trainer::{End, Event, Start, Summary, Trainer},
 };
@@ -105,7 +106,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     eprintln!("reading the data ...");
     let mut trainer = Trainer::new(config, &directory, start)?;
     describe(&trainer);
+    let begun = Instant::now();
     trainer.try_longest().context("the longest sequence")?;
+    let peak = peak_bytes().map_or(String::new(), |bytes| format!(", memory so far {}", gigabytes(bytes)));
+    eprintln!("largest pass: {:.2} s forward and backward{peak}", begun.elapsed().as_secs_f64());
     if args.dry_run {
         return Ok(output::print("everything fits together")?);
     }
@@ -146,6 +150,16 @@ fn describe(trainer: &Trainer) {
     if let Some((_, tokens, images)) = report.longest {
         eprintln!("longest sequence: {tokens} tokens, {images} pictures");
     }
+    let memory = trainer.memory();
+    eprintln!(
+        "memory: {} = {} frozen + {} trained + {} gradients + {} moments + {} for the largest pass (estimated)",
+        gigabytes(memory.total()),
+        gigabytes(memory.frozen),
+        gigabytes(memory.trained),
+        gigabytes(memory.gradients),
+        gigabytes(memory.moments),
+        gigabytes(memory.activations),
+    );
     let state = trainer.state();
     if state.step > 0 {
         eprintln!("resuming after step {}", state.step);

@@ -84,6 +84,19 @@ pub fn write_adapter(
     layers: &[LoraLayer],
     replaced: &[(String, Weight)],
 ) -> Result<PathBuf, WriteError> {
+    let writer = CheckpointWriter::create(out)?;
+    write_adapter_files(&writer, lora, base_model, layers, replaced)?;
+    writer.finish()
+}
+
+/// The same into a directory that something else goes into, too.
+pub(crate) fn write_adapter_files(
+    writer: &CheckpointWriter,
+    lora: &LoraConfig,
+    base_model: &str,
+    layers: &[LoraLayer],
+    replaced: &[(String, Weight)],
+) -> Result<(), WriteError> {
     let mut tensors: Vec<(String, &Weight)> = Vec::new();
     for layer in layers {
         tensors.push((layer.a_name(), &layer.factors.a));
@@ -95,14 +108,12 @@ pub fn write_adapter(
         .map(|(name, weight)| TensorSpec::new(name.as_str(), DType::F32, weight.shape()))
         .collect();
 
-    let writer = CheckpointWriter::create(out)?;
     let mut weights = tensors.iter().map(|(_, weight)| (*weight).clone());
     writer.write_file_of_weights(WEIGHTS_FILE, &specs, |spec| match weights.next() {
         Some(weight) => Ok::<_, WriteError>(weight),
         None => unreachable!("{}: there is a weight for each description", spec.name),
     })?;
-    writer.write_json(CONFIG_FILE, &config_json(lora, base_model, replaced))?;
-    writer.finish()
+    writer.write_json(CONFIG_FILE, &config_json(lora, base_model, replaced))
 }
 
 /// `adapter_config.json`, with the fields that PEFT cannot do without.

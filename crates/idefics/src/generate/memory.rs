@@ -45,8 +45,9 @@ impl Memory {
     }
 }
 
-/// Memory that a process can still get: of the machine, and of its control group.
-fn available_bytes() -> Option<usize> {
+/// Memory that a process can still get: of the machine, and of its control group; nothing where the system does not
+/// tell.
+pub fn available_bytes() -> Option<usize> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let machine = of_meminfo(&meminfo)?;
     let group = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok();

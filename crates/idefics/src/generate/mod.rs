@@ -41,7 +41,7 @@ pub use engine::{
 pub use error::GenerateError;
 pub use generation::{Generation, answer_each, generate, generate_requests};
 pub use logits_processor::{CustomProcessor, LogitsProcessors};
-pub use memory::Memory;
+pub use memory::{Memory, available_bytes};
 pub use request::Request;
 pub use sampler::{SequenceRng, TokenLogprob, argmax, log_softmax};
 pub use scheduler::Scheduler;
