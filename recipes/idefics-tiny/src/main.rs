@@ -9,6 +9,7 @@ mod clipart;
 mod color;
 mod concepts;
 mod emoji;
+mod evaluate;
 mod fetch;
 mod language;
 mod onnx;
@@ -18,6 +19,7 @@ mod samples;
 mod scene;
 mod steps;
 mod things;
+mod train;
 mod vision;
 mod wordnet;
 
@@ -42,6 +44,9 @@ struct Arguments {
     /// Do the step again though it is done
     #[arg(long)]
     again: bool,
+
+    #[command(flatten)]
+    evaluation: evaluate::Options,
 }
 
 fn main() -> ExitCode {
@@ -58,7 +63,9 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let folders = Folders::new(&arguments.work);
     if arguments.step == Step::All {
-        return Step::ORDER.iter().try_for_each(|step| step.run(&folders, arguments.again));
+        return Step::ORDER
+            .iter()
+            .try_for_each(|step| step.run(&folders, &arguments.evaluation, arguments.again));
     }
-    arguments.step.run(&folders, true)
+    arguments.step.run(&folders, &arguments.evaluation, true)
 }

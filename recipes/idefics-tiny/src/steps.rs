@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
-use crate::{fetch, language, render, samples, vision};
+use crate::{evaluate, fetch, language, render, samples, train, vision};
 
 /// What can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -26,6 +26,14 @@ pub(crate) enum Step {
     Language,
     /// What the stages of training read
     Samples,
+    /// The two models joined
+    Init,
+    /// All stages of training
+    Train,
+    /// The model in few bits
+    Quantize,
+    /// The figures of the model card
+    Eval,
 }
 
 impl Step {
@@ -37,7 +45,7 @@ impl Step {
     }
 
     /// Does the step, unless it is done and `again` is not asked for.
-    pub(crate) fn run(self, folders: &Folders, again: bool) -> Result<()> {
+    pub(crate) fn run(self, folders: &Folders, options: &evaluate::Options, again: bool) -> Result<()> {
         let name = self.name();
         let done = folders.work.join(format!("{name}.done"));
         if done.exists() && !again {
@@ -52,6 +60,10 @@ impl Step {
             Self::Vision => vision::vision(folders),
             Self::Language => language::language(folders),
             Self::Samples => samples::samples(folders),
+            Self::Init => train::init(folders),
+            Self::Train => train::train(folders),
+            Self::Quantize => train::quantize(folders),
+            Self::Eval => evaluate::evaluate(folders, options),
         }
         .with_context(|| format!("step {name}"))?;
         fs::write(&done, format!("{:.0} s\n", start.elapsed().as_secs_f64()))?;

@@ -29,7 +29,10 @@ use crate::{
 };
 use shapes::Shapes;
 
+pub(crate) use episode::invented_name;
+pub(crate) use shapes::Shape;
 pub(crate) use single::{Question, question};
+pub(crate) use words::NUMBERS;
 
 /// What ends a turn of a dialogue.
 pub(crate) const END: &str = "<end_of_utterance>";
@@ -106,6 +109,11 @@ impl Maker {
         Ok(Self { things, weighted, shapes: Shapes::open(folders, part)?, wordnet })
     }
 
+    /// The pictures of coloured shapes.
+    pub(crate) fn shapes(&self) -> &[Shape] {
+        &self.shapes.0
+    }
+
     /// Any thing.
     pub(crate) fn any(&self, rng: &mut ChaCha8Rng) -> &Thing {
         let index = self.weighted.choose(rng).copied().unwrap_or_default();
@@ -163,10 +171,11 @@ impl Maker {
 }
 
 /// The sets that the stages of training read.
-pub(crate) const PLANS: [Plan; 3] = [
+pub(crate) const PLANS: [Plan; 4] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
-    Plan { name: "blocks", kind: Kind::Joint, samples: 60_000, seed: 2 },
-    Plan { name: "joint", kind: Kind::Joint, samples: 120_000, seed: 3 },
+    Plan { name: "blocks", kind: Kind::Joint, samples: 30_000, seed: 2 },
+    Plan { name: "joint", kind: Kind::Joint, samples: 60_000, seed: 3 },
+    Plan { name: "finish", kind: Kind::Joint, samples: 20_000, seed: 4 },
 ];
 
 /// Writes all sets.

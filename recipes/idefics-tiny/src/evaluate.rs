@@ -1,0 +1,343 @@
+//! The figures of the model card, on pictures that were never learnt from.
+//!
+//! Every task is a list of prompts with the answers that count as right; all are asked greedily, in batches. An
+//! answer is compared without its article, and up to its first full stop or comma.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use idefics::{
+    Idefics, LoadOptions, Processor, Prompt, Segment,
+    generate::GenerationConfig,
+    processor::{AddEndOfUtterance, ImageSource, ProcessOptions},
+};
+use rand::{Rng, SeedableRng, seq::IndexedRandom};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use crate::{
+    color::COLORS,
+    concepts::with_article,
+    samples::{END, Maker, NUMBERS, Question, invented_name, question},
+    scene::{Place, Scene, Variation, compose},
+    steps::Folders,
+    things::{Part, Thing},
+};
+
+/// Prompts that are answered together.
+const BATCH: usize = 32;
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Task {
+    /// The exact name of a thing of the design that was never learnt from
+    Name,
+    /// Its colour
+    Color,
+    /// How many of it
+    Count,
+    /// Whether it is what the question says
+    YesNo,
+    /// Which of four it is
+    Choice,
+    /// Questions of easy-vqa's test split
+    EasyVqa,
+    /// Invented names of held-out things: two candidates, four examples
+    Invented,
+    /// Multiple choice about another picture than the one shown: to be at chance
+    Replaced,
+    /// Yes or no about another picture than the one shown: to be at chance
+    ReplacedYesNo,
+    /// The name, asked as the second question of a dialogue
+    SecondTurn,
+}
+
+/// A prompt and what is right.
+struct Item {
+    prompt: Prompt,
+    right: String,
+    /// Answers to choose from by likelihood; free generation if there are none.
+    options: Vec<String>,
+}
+
+/// A figure with its 95 % interval, after Wilson.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Figure {
+    pub(crate) task: Task,
+    pub(crate) right: usize,
+    pub(crate) of: usize,
+    pub(crate) percent: f64,
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+}
+
+impl Figure {
+    fn new(task: Task, right: usize, of: usize) -> Self {
+        const Z: f64 = 1.96;
+        let n = of.max(1) as f64;
+        let share = right as f64 / n;
+        let scale = 1.0 + Z * Z / n;
+        let middle = (share + Z * Z / (2.0 * n)) / scale;
+        let half = Z * (share * (1.0 - share) / n + Z * Z / (4.0 * n * n)).sqrt() / scale;
+        let percent = |share: f64| (share * 1000.0).round() / 10.0;
+        Self {
+            task,
+            right,
+            of,
+            percent: percent(share),
+            low: percent(middle - half),
+            high: percent(middle + half),
+        }
+    }
+}
+
+/// How much is measured and what is shown.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Options {
+    /// The model to measure
+    #[arg(long)]
+    pub(crate) model: Option<std::path::PathBuf>,
+
+    /// What to measure; everything if nothing is named
+    #[arg(long = "task", value_enum)]
+    pub(crate) tasks: Vec<Task>,
+
+    /// Most prompts of a task
+    #[arg(long, default_value_t = 1000)]
+    pub(crate) limit: usize,
+
+    /// Wrong answers to show of each task
+    #[arg(long, default_value_t = 0)]
+    pub(crate) show: usize,
+
+    /// Least percentage; below it the command fails
+    #[arg(long)]
+    pub(crate) floor: Option<f64>,
+}
+
+/// Measures and prints a line of JSON for each task.
+pub(crate) fn evaluate(folders: &Folders, options: &Options) -> Result<()> {
+    let default = folders.work.join("idefics-tiny");
+    let judge = Judge::open(options.model.as_deref().unwrap_or(&default))?;
+    let tasks = if options.tasks.is_empty() { Task::value_variants() } else { &options.tasks };
+    for task in tasks {
+        let mut items = items(folders, *task)?;
+        items = sample(items, options.limit);
+        let figure = judge.measure(*task, &items, options.show)?;
+        #[expect(clippy::print_stdout, reason = "the result of the command")]
+        {
+            println!("{}", serde_json::to_string(&figure)?);
+        }
+        if let Some(floor) = options.floor {
+            anyhow::ensure!(figure.percent >= floor, "{task:?}: {} %, below {floor} %", figure.percent);
+        }
+    }
+    Ok(())
+}
+
+/// At most `limit` of them, spread evenly.
+fn sample(items: Vec<Item>, limit: usize) -> Vec<Item> {
+    let count = items.len();
+    if count <= limit {
+        return items;
+    }
+    let chosen = |index: usize| index * limit / count != (index + 1) * limit / count;
+    items.into_iter().enumerate().filter(|(index, _)| chosen(*index)).map(|(_, item)| item).collect()
+}
+
+struct Judge {
+    model: Idefics,
+    processor: Processor,
+    generation: GenerationConfig,
+}
+
+impl Judge {
+    fn open(directory: &Path) -> Result<Self> {
+        let processor = Processor::from_pretrained(directory)?;
+        let model = Idefics::from_pretrained(directory, &LoadOptions::default())
+            .with_context(|| format!("model {}", directory.display()))?;
+        let proposed = model.default_generation(Some(processor.special_tokens()))?;
+        let generation = GenerationConfig { max_new_tokens: Some(24), max_length: None, ..proposed };
+        Ok(Self { model, processor, generation })
+    }
+
+    fn measure(&self, task: Task, items: &[Item], show: usize) -> Result<Figure> {
+        let mut right = 0;
+        let mut shown = 0;
+        for batch in items.chunks(BATCH) {
+            for (item, given) in batch.iter().zip(self.answers(batch)?) {
+                if normalise(&given) == normalise(&item.right) {
+                    right += 1;
+                } else if shown < show {
+                    shown += 1;
+                    eprintln!("{task:?}: expected {:?}, got {given:?}", item.right);
+                }
+            }
+        }
+        Ok(Figure::new(task, right, items.len()))
+    }
+
+    fn answers(&self, batch: &[Item]) -> Result<Vec<String>> {
+        let prompts: Vec<Prompt> = batch.iter().map(|item| item.prompt.clone()).collect();
+        let process =
+            ProcessOptions { add_end_of_utterance: AddEndOfUtterance::Never, ..ProcessOptions::default() };
+        let inputs = self.processor.process(&prompts, &process)?;
+        let generated = self.model.generate_text(&self.processor, &inputs, &self.generation)?;
+        let text = |index: usize| generated[index].sequences[0].text.clone().unwrap_or_default();
+        Ok((0..batch.len()).map(|index| pick(&batch[index].options, &text(index))).collect())
+    }
+}
+
+/// Of answers to choose from, the one that was given; the text itself if there is no choice or it is none of them.
+fn pick(options: &[String], text: &str) -> String {
+    let given = normalise(text);
+    options.iter().find(|option| normalise(option) == given).cloned().unwrap_or_else(|| text.to_owned())
+}
+
+/// What of an answer is compared.
+fn normalise(text: &str) -> String {
+    let text = text.trim().to_lowercase();
+    let end = text.find(['.', ',', '\n', '<']).unwrap_or(text.len());
+    let text = text[..end].trim();
+    let text = ["a ", "an ", "the "].iter().find_map(|article| text.strip_prefix(article)).unwrap_or(text);
+    text.to_owned()
+}
+
+/// All prompts of a task. They follow from fixed seeds.
+fn items(folders: &Folders, task: Task) -> Result<Vec<Item>> {
+    match task {
+        Task::EasyVqa => easy_vqa(folders),
+        Task::Invented => invented(folders),
+        _ => single(folders, task),
+    }
+}
+
+fn image(jpeg: &[u8]) -> Segment {
+    Segment::Image(ImageSource::Bytes(Arc::from(jpeg)))
+}
+
+fn dialogue(jpeg: &[u8], question: &str) -> Prompt {
+    vec![Segment::text("User:"), image(jpeg), Segment::text(format!("{question}{END}\nAssistant:"))]
+}
+
+/// Tasks on one picture of each thing of the design that was never learnt from.
+fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
+    let maker = Maker::open(folders, Part::Evaluation)?;
+    let mut items = Vec::new();
+    for (number, thing) in maker.things.all.iter().enumerate() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1000 + number as u64);
+        let rng = &mut rng;
+        let scene = maker.alone(rng, thing, Variation::None)?;
+        let ask = |rng: &mut ChaCha8Rng, kind| question(&maker, rng, thing, &scene, kind);
+        items.extend(match task {
+            Task::Name => Some(item(&scene, "What is this?", &thing.name)),
+            Task::Color => scene.colors[0].map(|color| item(&scene, "What color is it?", COLORS[color].0)),
+            Task::Count => Some(count(rng, thing)?),
+            Task::YesNo => ask(rng, Question::YesNo).map(|(asked, told)| item(&scene, &asked, &told)),
+            Task::Choice => ask(rng, Question::Choice).map(|(asked, told)| item(&scene, &asked, &told)),
+            Task::Replaced | Task::ReplacedYesNo => {
+                let kind = if task == Task::Replaced { Question::Choice } else { Question::YesNo };
+                let other = maker.other(rng, &[thing]);
+                let shown = maker.alone(rng, other, Variation::None)?;
+                ask(rng, kind).map(|(asked, told)| item(&shown, &asked, &told))
+            }
+            Task::SecondTurn => Some(second_turn(&scene, &thing.name)),
+            Task::EasyVqa | Task::Invented => None,
+        });
+    }
+    Ok(items)
+}
+
+fn item(scene: &Scene, question: &str, right: &str) -> Item {
+    Item { prompt: dialogue(&scene.jpeg, question), right: right.to_owned(), options: Vec::new() }
+}
+
+fn count(rng: &mut ChaCha8Rng, thing: &Thing) -> Result<Item> {
+    let count = rng.random_range(1..=6);
+    let placed: Vec<_> =
+        Place::several(rng, count).into_iter().map(|place| (&thing.pictures[0], place)).collect();
+    let scene = compose(rng, &placed, Variation::None)?;
+    Ok(item(&scene, "How many things are in the picture?", NUMBERS[count]))
+}
+
+/// The name again, behind a first question that the picture answers.
+fn second_turn(scene: &Scene, name: &str) -> Item {
+    let first = format!(
+        "How many things are in the picture?{END}\nAssistant: One.{END}\nUser: What is this?{END}\nAssistant:"
+    );
+    let prompt = vec![Segment::text("User:"), image(&scene.jpeg), Segment::text(first)];
+    Item { prompt, right: name.to_owned(), options: Vec::new() }
+}
+
+fn easy_vqa(folders: &Folders) -> Result<Vec<Item>> {
+    let maker = Maker::open(folders, Part::Evaluation)?;
+    let mut items = Vec::new();
+    for shape in maker.shapes() {
+        for (asked, told) in &shape.questions {
+            let mut asked = asked.clone();
+            asked[..1].make_ascii_uppercase();
+            items.push(Item {
+                prompt: dialogue(&shape.png, &asked),
+                right: told.clone(),
+                options: Vec::new(),
+            });
+        }
+    }
+    Ok(items)
+}
+
+/// Four examples of two things that were never learnt, with names that were never seen, then one of the two in
+/// another design or at another place.
+fn invented(folders: &Folders) -> Result<Vec<Item>> {
+    let maker = Maker::open(folders, Part::HeldOut)?;
+    let mut items = Vec::new();
+    for number in 0..400 {
+        let mut rng = ChaCha8Rng::seed_from_u64(9000 + number);
+        let rng = &mut rng;
+        let first = maker.things.all.choose(rng).context("no held-out things")?;
+        let second = maker.other(rng, &[first]);
+        let names = [invented_name(rng), invented_name(rng)];
+        if names[0] == names[1] {
+            continue;
+        }
+        let things = [first, second];
+        let mut order = [0, 1, 0, 1];
+        rand::seq::SliceRandom::shuffle(&mut order[..], rng);
+        let asked = rng.random_range(0..2);
+        let mut prompt = Prompt::new();
+        for which in order.into_iter().chain([asked]) {
+            let scene = maker.alone(rng, things[which], Variation::Strong)?;
+            let text = Segment::text(format!("This is {}.\n", with_article(&names[which])));
+            prompt.extend([image(&scene.jpeg), text]);
+        }
+        prompt.pop();
+        prompt.push(Segment::text("This is"));
+        items.push(Item { prompt, right: names[asked].clone(), options: names.to_vec() });
+    }
+    Ok(items)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_compared_without_their_dress() {
+        let check = |text: &str, expected: &str| assert_eq!(normalise(text), expected);
+        check(" A red apple.", "red apple");
+        check("No, it is a dog.", "no");
+        check(" An ant\nUser:", "ant");
+        check("Antenna.", "antenna");
+    }
+
+    #[test]
+    fn intervals_are_those_of_wilson() {
+        // Newcombe 1998, table I: 81 of 263.
+        let figure = Figure::new(Task::Name, 81, 263);
+        assert_eq!((figure.low, figure.high), (25.5, 36.6));
+        let none = Figure::new(Task::Name, 0, 20);
+        assert_eq!((none.low, none.high), (0.0, 16.1));
+    }
+}

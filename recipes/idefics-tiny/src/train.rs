@@ -1,0 +1,89 @@
+//! The stages of training, by the command `idefics` itself: `init`, `train` by the files in `stages/`, `quantize`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::steps::Folders;
+
+/// In their order.
+const STAGES: [&str; 4] = ["1-text", "2-blocks", "3-joint", "4-all"];
+
+fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
+    let name = format!("idefics{}", std::env::consts::EXE_SUFFIX);
+    // Cargo puts the programs of a workspace side by side.
+    let beside = std::env::current_exe()?.with_file_name(&name);
+    let program = std::env::var_os("IDEFICS").map_or(beside, PathBuf::from);
+    ensure!(program.is_file(), "no {}: cargo build --release -p idefics-cli", program.display());
+    let status = Command::new(&program)
+        .args(arguments)
+        .current_dir(&folders.work)
+        .status()
+        .with_context(|| format!("starting {}", program.display()))?;
+    ensure!(status.success(), "idefics {} ended with {status}", arguments.join(" "));
+    Ok(())
+}
+
+/// The two models with new blocks between them.
+pub(crate) fn init(folders: &Folders) -> Result<()> {
+    let out = folders.work.join("init");
+    if out.exists() {
+        fs::remove_dir_all(&out).with_context(|| format!("removing {}", out.display()))?;
+    }
+    let blocks = [
+        "--cross-layer-interval",
+        "2",
+        "--alpha-type",
+        "vector",
+        "--resampler-n-latents",
+        "24",
+        "--resampler-depth",
+        "2",
+        "--resampler-n-heads",
+        "6",
+        "--resampler-head-dim",
+        "64",
+        "--end-of-utterance",
+        "--dtype",
+        "f32",
+        "--seed",
+        "5",
+    ];
+    let mut arguments = vec!["init", "--vision", "vision", "--text", "text", "--out", "init"];
+    arguments.extend(blocks);
+    idefics(folders, &arguments)
+}
+
+/// All stages; one that was cut off goes on where it was saved.
+pub(crate) fn train(folders: &Folders) -> Result<()> {
+    STAGES.iter().try_for_each(|stage| {
+        let run = folders.work.join("runs").join(stage);
+        if run.join("model").exists() {
+            return Ok(());
+        }
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("stages").join(format!("{stage}.toml"));
+        let file = file.to_string_lossy();
+        let mut arguments = vec!["train", &*file];
+        if run.exists() {
+            arguments.push("--resume");
+        }
+        idefics(folders, &arguments)
+    })
+}
+
+/// The trained model in few bits.
+pub(crate) fn quantize(folders: &Folders) -> Result<()> {
+    let out = folders.work.join("idefics-tiny");
+    if out.exists() {
+        fs::remove_dir_all(&out).with_context(|| format!("removing {}", out.display()))?;
+    }
+    let last = format!("runs/{}/model", STAGES[STAGES.len() - 1]);
+    idefics(
+        folders,
+        &["quantize", &last, "idefics-tiny", "--format", "q8", "--parts", "text,cross,vision,perceiver"],
+    )
+}
