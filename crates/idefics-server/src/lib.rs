@@ -13,6 +13,7 @@ mod backend;
 mod body;
 mod error;
 mod gate;
+mod grammar;
 mod health;
 mod ids;
 mod listen;

@@ -77,18 +77,26 @@ pub(crate) async fn process(
         )
         .code("remote_images_disabled"));
     }
-    let permit = app.media.clone().acquire_owned().await.expect("the semaphore is never closed");
     let is_wanted = Arc::new(AtomicBool::new(true));
     let _unwanted_on_drop = Unwanted(is_wanted.clone());
-    let (app, service) = (app.clone(), service.clone());
+    let (service, state) = (service.clone(), app.clone());
+    aside(app, move || process_now(&state, &service, wanted, &is_wanted)).await
+}
+
+/// Does work off the async threads, a bounded number at a time.
+pub(crate) async fn aside<T: Send + 'static>(
+    app: &App,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let permit = app.media.clone().acquire_owned().await.expect("the semaphore is never closed");
     let work = move || {
         // The permit ends with the work, not with the wait for it: work that nobody waits for still counts.
         let _permit = permit;
-        process_now(&app, &service, wanted, &is_wanted)
+        work()
     };
     tokio::task::spawn_blocking(work)
         .await
-        .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the prompt could not be processed")))
+        .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the request could not be processed")))
 }
 
 /// Clears the flag when the one who waits goes away.

@@ -1,12 +1,16 @@
 //! From a prompt to its answer: pictures and words processed off the async threads, then the engine's events.
 
-use std::{ops::ControlFlow, sync::Arc};
+use std::{
+    ops::ControlFlow,
+    sync::{Arc, OnceLock},
+};
 
 use idefics::{
     Processor, Prompt, Segment, SequenceInputs,
     dialogue::Form,
     generate::{
-        EngineEvent, Event, FinishReason, GenerateError, Generated, GenerationConfig, Submission, Ticket,
+        EngineEvent, Event, FinishReason, GenerateError, Generated, GenerationConfig, SharedProcessor,
+        Submission, Ticket,
     },
     processor::AddEndOfUtterance,
 };
@@ -16,6 +20,7 @@ use crate::{
     backend::Backend,
     body::Upload,
     error::{ApiError, Kind},
+    grammar::{AnswerForm, Grammar, Vocabulary},
     media::{self, Wanted},
     metrics::Stopwatch,
     state::{App, Place},
@@ -50,12 +55,16 @@ pub struct ModelCard {
 pub(crate) struct Service {
     loaded: Loaded,
     pub(crate) form: Form,
+    /// Made when the first answer of a given form is asked for.
+    vocabulary: OnceLock<Result<Vocabulary, String>>,
 }
 
 /// What the model is asked.
 pub(crate) struct Ask {
     pub(crate) words: Words,
     pub(crate) config: GenerationConfig,
+    /// The form that answers must have, and the field that asks for it.
+    pub(crate) answer_form: Option<(AnswerForm, &'static str)>,
     /// Only so many last tokens of the prompt count.
     pub(crate) truncate: Option<usize>,
     /// What the request takes while it is read.
@@ -95,7 +104,7 @@ pub(crate) enum Next {
 
 impl Service {
     pub(crate) fn new(loaded: Loaded) -> Self {
-        Self { form: Form::of(&loaded.processor), loaded }
+        Self { form: Form::of(&loaded.processor), loaded, vocabulary: OnceLock::new() }
     }
 
     pub(crate) fn backend(&self) -> &Arc<dyn Backend> {
@@ -142,7 +151,7 @@ impl Service {
             num_return_sequences: 1,
             ..self.generation().clone()
         };
-        let (ticket, mut progress) = self.submit(inputs, config)?;
+        let (ticket, mut progress) = self.submit(inputs, config, None)?;
         while let Some(progress) = progress.recv().await {
             match progress {
                 EngineEvent::Finished(_) => return Ok(()),
@@ -154,11 +163,27 @@ impl Service {
         Err(engine_gone())
     }
 
+    /// Understands the form that answers must have. Takes a while: not for async threads.
+    fn compile(&self, form: &AnswerForm, param: &'static str) -> Result<Grammar, ApiError> {
+        let vocabulary = self.vocabulary.get_or_init(|| {
+            let processor = self.processor();
+            Vocabulary::new(processor.tokenizer(), processor.special_tokens(), self.backend().vocab_size())
+        });
+        match vocabulary {
+            Ok(vocabulary) => vocabulary.compile(form, param),
+            Err(problem) => {
+                tracing::error!(problem, "the vocabulary allows no forms of answers");
+                Err(ApiError::unsupported(param, "a form of answers, with this model,"))
+            }
+        }
+    }
+
     /// Hands inputs to the engine.
     fn submit(
         &self,
         inputs: SequenceInputs,
         config: GenerationConfig,
+        custom: Option<SharedProcessor>,
     ) -> Result<(Ticket, mpsc::UnboundedReceiver<EngineEvent>), ApiError> {
         // Unbounded so that the engine never waits for a slow reader; an answer's length bounds it.
         let (sender, receiver) = mpsc::unbounded_channel();
@@ -166,7 +191,8 @@ impl Service {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
         };
-        let ticket = self.backend().submit(Submission::new(inputs, config, on_event))?;
+        let submission = Submission { custom, ..Submission::new(inputs, config, on_event) };
+        let ticket = self.backend().submit(submission)?;
         Ok((ticket, receiver))
     }
 }
@@ -192,9 +218,16 @@ type Started = (PromptFacts, Ticket, mpsc::UnboundedReceiver<EngineEvent>, Arc<P
 
 async fn start(app: &Arc<App>, ask: Ask) -> Result<Started, ApiError> {
     let service = app.service()?.clone();
-    let Ask { words, mut config, truncate, upload, place } = ask;
+    let Ask { words, mut config, answer_form, truncate, upload, place } = ask;
     let limit = app.options.limits.answer_timeout.as_secs_f64();
     config.max_time = Some(config.max_time.map_or(limit, |asked| asked.min(limit)));
+    let grammar = match answer_form {
+        None => None,
+        Some((form, param)) => {
+            let service = service.clone();
+            Some(media::aside(app, move || service.compile(&form, param)).await?)
+        }
+    };
     let inputs = match words {
         Words::Ids(ids) => inputs_of_ids(ids, service.backend().vocab_size())?,
         Words::Segments(prompt, end_of_utterance) => {
@@ -213,7 +246,8 @@ async fn start(app: &Arc<App>, ask: Ask) -> Result<Started, ApiError> {
     let special = service.processor().special_tokens();
     let is_image = |id: &&u32| **id == special.image.id || **id == special.fake_token_around_image.id;
     let prompt = PromptFacts { image_tokens: inputs.token_ids.iter().filter(is_image).count() };
-    let (ticket, progress) = service.submit(inputs, config)?;
+    let custom = grammar.map(|grammar| grammar.rule(inputs.token_ids.len(), config.num_return_sequences));
+    let (ticket, progress) = service.submit(inputs, config, custom)?;
     Ok((prompt, ticket, progress, place))
 }
 

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     body,
     error::ApiError,
+    grammar::AnswerForm,
     ids, media,
     options::Limits,
     sampling::{self, Sampling, count, number},
@@ -66,12 +67,13 @@ pub(crate) async fn chat(
     let service = app.service()?.clone();
     service.check_name(request.model.as_deref())?;
     let (config, answers) = options(&app.options.limits, &service, &request, &common)?;
+    let answer_form = answer_form(request.response_format.as_ref())?;
     let is_streamed = request.stream.unwrap_or(false);
     let include_usage = request.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
     let turns = turns(request.messages, &app.options.limits)?;
     let words = Words::Segments(dialogue(service.form, &turns), DIALOGUE_END_OF_UTTERANCE);
     let reports_logprobs = config.logprobs.is_some();
-    let ask = Ask { words, config, truncate: None, upload: Some(upload), place };
+    let ask = Ask { words, config, answer_form, truncate: None, upload: Some(upload), place };
     let answer = service::ask(&app, ask).await?;
     let head = Head::new("chatcmpl", &service);
     if is_streamed {
@@ -138,7 +140,6 @@ fn options(
 ) -> Result<(GenerationConfig, usize), ApiError> {
     refuse_unless_empty("tools", request.tools.as_ref())?;
     refuse_unless_empty("functions", request.functions.as_ref())?;
-    check_response_format(request.response_format.as_ref())?;
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(ApiError::unsupported("modalities", "any output but text"));
     }
@@ -217,12 +218,18 @@ pub(super) fn set_lengths(
     Ok(())
 }
 
-/// Free text is all that there is.
-pub(super) fn check_response_format(format: Option<&Value>) -> Result<(), ApiError> {
-    match format {
-        None | Some(Value::Null) => Ok(()),
-        Some(format) if format.get("type").and_then(Value::as_str) == Some("text") => Ok(()),
-        Some(_) => Err(ApiError::unsupported("response_format", "any format but `text`")),
+/// The form that answers must have, if any.
+pub(super) fn answer_form(format: Option<&Value>) -> Result<Option<(AnswerForm, &'static str)>, ApiError> {
+    const PARAM: &str = "response_format";
+    let Some(format) = format.filter(|format| !format.is_null()) else { return Ok(None) };
+    match format.get("type").and_then(Value::as_str) {
+        Some("text") => Ok(None),
+        Some("json_object") => Ok(Some((AnswerForm::any_object(), PARAM))),
+        Some("json_schema") => match format.pointer("/json_schema/schema") {
+            Some(schema) => Ok(Some((AnswerForm::Json(schema.clone()), PARAM))),
+            None => Err(ApiError::field("response_format.json_schema", "expected an object with `schema`")),
+        },
+        _ => Err(ApiError::field("response_format.type", "expected `text`, `json_object` or `json_schema`")),
     }
 }
 

@@ -20,7 +20,7 @@ use idefics::{
 };
 
 use super::{
-    chat::{Head, check_response_format, common_options, set_lengths, usage},
+    chat::{Head, answer_form, common_options, set_lengths, usage},
     data, error_event, fingerprint, finish_reason, logprobs, refuse_unless_empty,
     types::{
         Common, CompletionChoice, CompletionRequest, CompletionResponse, PromptForm, PromptWithImages, Usage,
@@ -63,6 +63,7 @@ pub(crate) async fn completions(
     if is_streamed && options.written > options.answers {
         return Err(ApiError::unsupported("best_of", "a stream of the best of several"));
     }
+    let answer_form = answer_form(request.response_format.as_ref())?;
     let prompts = prompts(request.prompt, limits)?;
     let include_usage = request.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
     let echoes = if request.echo.unwrap_or(false) {
@@ -78,6 +79,7 @@ pub(crate) async fn completions(
     let asks = prompts.into_iter().enumerate().map(|(index, words)| Ask {
         words,
         config: options.config.clone(),
+        answer_form: answer_form.clone(),
         truncate: None,
         upload: if index == last { upload.take() } else { None },
         place: place.clone(),
@@ -127,7 +129,6 @@ fn options(
     if request.suffix.as_ref().and_then(serde_json::Value::as_str) != Some("") {
         refuse_unless_empty("suffix", request.suffix.as_ref())?;
     }
-    check_response_format(request.response_format.as_ref())?;
     let (mut config, answers) = common_options(limits, service, common)?;
     let max = count("max_tokens", request.max_tokens, 1..=1 << 20)?.unwrap_or(DEFAULT_TOKENS);
     set_lengths(&mut config, max, common)?;

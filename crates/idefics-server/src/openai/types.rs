@@ -28,7 +28,8 @@ pub(crate) struct ChatRequest {
     /// Report so many likely tokens beside each.
     #[schema(minimum = 0, maximum = 20)]
     pub(crate) top_logprobs: Option<f64>,
-    /// `{"type": "text"}` alone.
+    /// `{"type": "text"}`, `{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema"}}`, which
+    /// answers are held to.
     #[schema(value_type = Option<Object>)]
     pub(crate) response_format: Option<Value>,
     /// Must be empty: these models call no tools.
@@ -246,6 +247,7 @@ pub(crate) struct CompletionRequest {
     pub(crate) best_of: Option<f64>,
     #[schema(value_type = Option<String>)]
     pub(crate) suffix: Option<Value>,
+    /// As for chat.
     #[schema(value_type = Option<Object>)]
     pub(crate) response_format: Option<Value>,
 }

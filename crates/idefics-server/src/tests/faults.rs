@@ -34,8 +34,11 @@ struct Live {
 
 impl Live {
     async fn start(limits: Limits) -> Self {
-        let options =
-            ServerOptions { address: ([127, 0, 0, 1], 0).into(), limits, ..ServerOptions::default() };
+        Self::with(ServerOptions { limits, ..ServerOptions::default() }).await
+    }
+
+    async fn with(options: ServerOptions) -> Self {
+        let options = ServerOptions { address: ([127, 0, 0, 1], 0).into(), ..options };
         let server = Server::bind(options).unwrap();
         let (address, app) = (server.address(), server.app());
         let model = loaded("tiny", EngineOptions::default());

@@ -243,6 +243,27 @@ async fn a_bias_rules_tokens_out_and_in() {
 }
 
 #[tokio::test]
+async fn answers_keep_to_a_schema() {
+    let server = TestServer::new();
+    let schema = json!({"type": "object", "additionalProperties": false, "required": ["ok"],
+        "properties": {"ok": {"type": "boolean"}}});
+    let format =
+        json!({"type": "json_schema", "json_schema": {"name": "x", "strict": true, "schema": schema}});
+    let request = json!({"messages": question("Hello"), "max_tokens": 40, "temperature": 1, "n": 4, "seed": 1,
+        "response_format": format});
+    let answer = server.post(CHAT, &request).await.json();
+    for choice in answer["choices"].as_array().unwrap() {
+        assert_eq!(choice["finish_reason"], "stop", "{choice}");
+        let content: Value = serde_json::from_str(choice["message"]["content"].as_str().unwrap()).unwrap();
+        assert!(content["ok"].is_boolean() && content.as_object().unwrap().len() == 1, "{content}");
+    }
+    let request = json!({"prompt": "Hi", "response_format": format, "max_tokens": 40});
+    let answer = server.post("/v1/completions", &request).await.json();
+    let text = answer["choices"][0]["text"].as_str().unwrap();
+    assert!(serde_json::from_str::<Value>(text).unwrap()["ok"].is_boolean(), "{text}");
+}
+
+#[tokio::test]
 async fn unknown_fields_and_harmless_values_pass() {
     let server = TestServer::new();
     let request = json!({"model": "other-name", "messages": question("Hi"), "max_completion_tokens": 2.0,
@@ -285,7 +306,13 @@ async fn every_number_is_bounded_and_every_refusal_names_its_field() {
         (json!({"top_k": -1}), 400, "top_k"),
         (json!({"min_p": 2}), 400, "min_p"),
         (json!({"tools": [{"type": "function"}]}), 400, "tools"),
-        (json!({"response_format": {"type": "json_object"}}), 400, "response_format"),
+        (json!({"response_format": {"type": "secret"}}), 400, "response_format.type"),
+        (json!({"response_format": {"type": "json_schema"}}), 400, "response_format.json_schema"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}),
+            400,
+            "response_format",
+        ),
         (json!({"modalities": ["audio"]}), 400, "modalities"),
         (json!({"messages": []}), 400, "messages"),
         (json!({"messages": [{"role": "secret", "content": "x"}]}), 400, "messages[0].role"),

@@ -79,6 +79,9 @@ async fn parameters_do_what_they_say() {
     assert_eq!(best["details"]["seed"], 5);
     assert_eq!(best["details"]["best_of_sequences"].as_array().unwrap().len(), 2);
     assert_eq!(best, generate(drawn).await);
+    let digits =
+        generate(json!({"max_new_tokens": 9, "grammar": {"type": "regex", "value": "[0-9]{3}"}})).await;
+    assert!(digits["generated_text"].as_str().unwrap().parse::<u32>().unwrap() < 1000, "{digits}");
     let truncated = generate(json!({"max_new_tokens": 3, "truncate": 2, "details": true})).await;
     assert_eq!(truncated["details"]["generated_tokens"], 3);
 }
@@ -99,7 +102,8 @@ async fn refusals_are_validation_errors_of_422() {
         json!({"truncate": 0}),
         json!({"stop": vec!["x"; 100]}),
         json!({"watermark": true}),
-        json!({"grammar": {"type": "regex", "value": "x"}}),
+        json!({"grammar": {"type": "regex", "value": "(open"}}),
+        json!({"grammar": {"type": "regex"}}),
         json!({"adapter_id": "x"}),
         json!({"decoder_input_details": true}),
         json!({"top_n_tokens": 1000}),

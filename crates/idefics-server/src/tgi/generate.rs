@@ -13,6 +13,8 @@ use idefics::{
     processor::AddEndOfUtterance,
 };
 
+use serde_json::Value;
+
 use super::{
     markdown,
     types::{
@@ -23,6 +25,7 @@ use super::{
 use crate::{
     body::{self, Upload},
     error::{ApiError, Dialect},
+    grammar::AnswerForm,
     openai::{self, completions::mean_logprob},
     options::Limits,
     sampling::{self, Sampling, count, number},
@@ -73,6 +76,7 @@ pub(crate) async fn compat(
 
 struct Options {
     config: GenerationConfig,
+    answer_form: Option<(AnswerForm, &'static str)>,
     best_of: usize,
     truncate: Option<usize>,
     has_details: bool,
@@ -86,7 +90,6 @@ fn options(limits: &Limits, service: &Service, parameters: &Parameters) -> Resul
     };
     refuse(parameters.decoder_input_details == Some(true), "decoder_input_details")?;
     refuse(parameters.watermark == Some(true), "watermark")?;
-    refuse(parameters.grammar.as_ref().is_some_and(|grammar| !grammar.is_null()), "grammar")?;
     refuse(parameters.adapter_id.is_some(), "adapter_id")?;
     let best_of = count("best_of", parameters.best_of, 1..=limits.answers)?.unwrap_or(1);
     let positive = |x: f64| x > 0.0 && x <= 10_000.0;
@@ -121,12 +124,25 @@ fn options(limits: &Limits, service: &Service, parameters: &Parameters) -> Resul
     config.logprobs = Some(top);
     Ok(Options {
         config,
+        answer_form: answer_form(parameters.grammar.as_ref())?,
         best_of,
         truncate: count("truncate", parameters.truncate, 1..=1 << 20)?,
         has_details: parameters.details.unwrap_or(false),
         has_top_tokens: top > 0,
         returns_full_text: parameters.return_full_text.unwrap_or(false),
     })
+}
+
+/// The form that the answer must have, if any.
+fn answer_form(grammar: Option<&Value>) -> Result<Option<(AnswerForm, &'static str)>, ApiError> {
+    const PARAM: &str = "grammar";
+    let Some(grammar) = grammar.filter(|grammar| !grammar.is_null()) else { return Ok(None) };
+    let form = match (grammar.get("type").and_then(Value::as_str), grammar.get("value")) {
+        (Some("json" | "json_object"), Some(schema)) => AnswerForm::Json(schema.clone()),
+        (Some("regex"), Some(Value::String(pattern))) => AnswerForm::Regex(pattern.clone()),
+        _ => return Err(ApiError::field(PARAM, "expected `type`, `json` or `regex`, and `value`")),
+    };
+    Ok(Some((form, PARAM)))
 }
 
 /// Starts an answer; gives the words to put in front of it as well.
@@ -142,6 +158,7 @@ async fn start(
     let ask = Ask {
         words: Words::Segments(prompt, AddEndOfUtterance::Never),
         config: options.config.clone(),
+        answer_form: options.answer_form.clone(),
         truncate: options.truncate,
         upload: Some(upload),
         place,

@@ -31,9 +31,8 @@ pub(crate) async fn tokenize(
     let service = app.service()?.clone();
     let prompt = markdown::parse(&request.inputs)?;
     media::check_count(&prompt, &app.options.limits)?;
-    let permit = app.media.clone().acquire_owned().await.expect("the semaphore is never closed");
     let work = move || {
-        let _held = (permit, upload);
+        let _held = upload;
         let options =
             ProcessOptions { add_end_of_utterance: AddEndOfUtterance::Never, ..ProcessOptions::default() };
         let processor = service.processor();
@@ -49,7 +48,5 @@ pub(crate) async fn tokenize(
         };
         Ok(Json(tokens.into_iter().map(token).collect()))
     };
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the prompt could not be tokenized")))
+    media::aside(&app, work).await
 }

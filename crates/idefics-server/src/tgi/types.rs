@@ -54,7 +54,7 @@ pub(crate) struct Parameters {
     pub(crate) decoder_input_details: Option<bool>,
     /// Not supported.
     pub(crate) watermark: Option<bool>,
-    /// Not supported.
+    /// `{"type": "json", "value": SCHEMA}` or `{"type": "regex", "value": PATTERN}`, which answers are held to.
     #[schema(value_type = Option<Object>)]
     pub(crate) grammar: Option<Value>,
     /// Not supported.
