@@ -75,7 +75,7 @@ pub fn new_layers(model: &IdeficsConfig, lora: &LoraConfig, seed: u64) -> Result
 }
 
 /// Writes an adapter to `out`, a new or empty directory. `replaced` are modules that were trained whole, by the names
-/// of their weights; `base_model` is what PEFT and a reader are told that the adapter is for.
+/// of their weights: all of a module's or none, as PEFT reads modules and no single weights; `base_model` is what PEFT and a reader are told that the adapter is for.
 pub fn write_adapter(
     out: &Path,
     lora: &LoraConfig,

@@ -35,7 +35,8 @@ mod warper;
 pub use answer::{Completion, Event, Generated, Timings, Usage};
 pub use config::{DEFAULT_NEW_TOKENS, EarlyStopping, GenerationConfig, Lengths, padded};
 pub use engine::{
-    Drain, Engine, EngineEvent, EngineOptions, Listener, Rejected, SharedProcessor, Submission, Ticket,
+    AnswerError, Drain, Engine, EngineEvent, EngineOptions, Listener, Rejected, SharedProcessor, Submission,
+    Ticket,
 };
 pub use error::GenerateError;
 pub use generation::{Generation, answer_each, generate, generate_requests};

@@ -1,0 +1,102 @@
+//! Learning from the prompt: example pairs, then a picture to name. Half of the episodes use invented names, which
+//! nothing but the examples can tell.
+
+use anyhow::Result;
+use rand::{
+    Rng,
+    seq::{IndexedRandom, SliceRandom},
+};
+use rand_chacha::ChaCha8Rng;
+
+use super::{
+    END, Maker, Sample,
+    single::variation,
+    words::{capital, pick},
+};
+use crate::{concepts::with_article, things::Thing};
+
+/// A name that is no word: two or three syllables.
+pub(crate) fn invented_name(rng: &mut ChaCha8Rng) -> String {
+    const ONSETS: [&str; 16] =
+        ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "bl"];
+    const VOWELS: [&str; 5] = ["a", "e", "i", "o", "u"];
+    const CODAS: [&str; 8] = ["", "", "", "x", "n", "p", "k", "m"];
+    let syllables = rng.random_range(1..=2);
+    let mut name = String::new();
+    for _ in 0..syllables {
+        name.push_str(pick(rng, &ONSETS));
+        name.push_str(pick(rng, &VOWELS));
+    }
+    name.push_str(pick(rng, &CODAS));
+    if name.len() < 3 { format!("{name}x") } else { name }
+}
+
+/// How an example reads: what stands before and after the picture, and after the name.
+struct Form {
+    before: &'static str,
+    after: &'static str,
+    end: &'static str,
+}
+
+const FORMS: [Form; 5] = [
+    Form { before: "", after: "This is", end: ".\n" },
+    Form { before: "Image:", after: "Caption:", end: ".\n" },
+    Form { before: "", after: "Question: What is this? Answer:", end: ".\n" },
+    Form { before: "User:", after: "Describe this image.\nAssistant:", end: ".\n" },
+    Form {
+        before: "User:",
+        after: "What is this?<end_of_utterance>\nAssistant:",
+        end: ".<end_of_utterance>\n",
+    },
+];
+
+pub(super) fn episode(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
+    let form = FORMS.choose(rng).unwrap_or(&FORMS[0]);
+    debug_assert!(FORMS[4].end.contains(END));
+    let invented = rng.random_bool(0.7);
+    let candidates = rng.random_range(if invented { 2..=2 } else { 2..=4 });
+    let mut things: Vec<&Thing> = vec![maker.any(rng)];
+    while things.len() < candidates {
+        things.push(maker.other(rng, &things));
+    }
+    let names: Vec<String> = things
+        .iter()
+        .map(|thing| if invented { format!("a {}", invented_name(rng)) } else { with_article(&thing.name) })
+        .collect();
+    // Invented names need an example each; after those any candidate may come, each time with an answer to learn.
+    let mut order: Vec<usize> = (0..candidates).collect();
+    order.shuffle(rng);
+    let more = rng.random_range(1..=4);
+    order.extend((0..more).map(|_| rng.random_range(0..candidates)));
+    let mut sample = Sample::default();
+    for (position, candidate) in order.into_iter().enumerate() {
+        let variation = variation(rng);
+        let scene = maker.alone(rng, things[candidate], variation)?;
+        let is_example = invented && position < candidates;
+        let name = &names[candidate];
+        let name =
+            if form.after == "This is" || form.after == "Caption:" { name.clone() } else { capital(name) };
+        sample.text(form.before).picture(scene.jpeg).text(form.after);
+        if is_example {
+            sample.text(format!(" {name}{}", form.end));
+        } else {
+            sample.answer(format!(" {name}{}", form.end));
+        }
+    }
+    Ok(sample)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    #[test]
+    fn invented_names_are_short_and_many() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(0);
+        let names: std::collections::BTreeSet<_> = (0..1000).map(|_| invented_name(rng)).collect();
+        assert!(names.len() > 500);
+        assert!(names.iter().all(|name| (3..=7).contains(&name.len())), "{names:?}");
+    }
+}

@@ -1,0 +1,235 @@
+//! The shards that `idefics train` reads: `WebDataset` tar files with a JSON of segments and its pictures a sample.
+//!
+//! Each sample follows from the seed and its number alone, so shards can be written in any order and again.
+
+mod dialogue;
+mod episode;
+mod facts;
+mod shapes;
+mod single;
+mod words;
+
+use std::{
+    fs::{self, File},
+    io::BufWriter,
+    path::Path,
+};
+
+use anyhow::{Context, Result};
+use rand::{Rng, SeedableRng, seq::IndexedRandom};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::{
+    scene::{Place, Scene, Variation, compose},
+    steps::Folders,
+    things::{Part, Thing, Things},
+    wordnet::WordNet,
+};
+use shapes::Shapes;
+
+pub(crate) use single::{Question, question};
+
+/// What ends a turn of a dialogue.
+pub(crate) const END: &str = "<end_of_utterance>";
+
+/// Samples in a shard.
+const SHARD: usize = 2000;
+
+/// One sample: segments in their order.
+#[derive(Debug, Default)]
+pub(crate) struct Sample {
+    segments: Vec<Segment>,
+    pictures: Vec<Vec<u8>>,
+}
+
+/// A segment as `idefics train` reads it.
+#[derive(Debug, Serialize, PartialEq, Eq)]
+#[serde(untagged)]
+enum Segment {
+    Text {
+        text: String,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        answer: bool,
+    },
+    Image {
+        image: String,
+    },
+}
+
+impl Sample {
+    /// Words that are given.
+    pub(crate) fn text(&mut self, text: impl Into<String>) -> &mut Self {
+        self.push(text.into(), false)
+    }
+
+    /// Words that are to be learnt.
+    pub(crate) fn answer(&mut self, text: impl Into<String>) -> &mut Self {
+        self.push(text.into(), true)
+    }
+
+    fn push(&mut self, text: String, answer: bool) -> &mut Self {
+        if let Some(Segment::Text { text: last, answer: kind }) = self.segments.last_mut()
+            && *kind == answer
+        {
+            last.push_str(&text);
+        } else {
+            self.segments.push(Segment::Text { text, answer });
+        }
+        self
+    }
+
+    pub(crate) fn picture(&mut self, jpeg: Vec<u8>) -> &mut Self {
+        self.segments.push(Segment::Image { image: format!("{}.jpg", self.pictures.len()) });
+        self.pictures.push(jpeg);
+        self
+    }
+}
+
+/// What samples are made of.
+pub(crate) struct Maker {
+    pub(crate) things: Things,
+    /// Concepts that a name is drawn from; those with several designs come more often.
+    weighted: Vec<usize>,
+    shapes: Shapes,
+    wordnet: WordNet,
+}
+
+impl Maker {
+    pub(crate) fn open(folders: &Folders, part: Part) -> Result<Self> {
+        let wordnet = WordNet::open(folders)?;
+        let things = Things::load(folders, &wordnet, part)?;
+        let weight = |thing: &Thing| if thing.pictures.len() >= 3 { 4 } else { 1 };
+        let weighted = things.all.iter().enumerate().flat_map(|(index, thing)| vec![index; weight(thing)]);
+        let weighted = weighted.collect();
+        Ok(Self { things, weighted, shapes: Shapes::open(folders, part)?, wordnet })
+    }
+
+    /// Any thing.
+    pub(crate) fn any(&self, rng: &mut ChaCha8Rng) -> &Thing {
+        let index = self.weighted.choose(rng).copied().unwrap_or_default();
+        &self.things.all[index]
+    }
+
+    /// Another thing, half of the time of the same category.
+    pub(crate) fn other(&self, rng: &mut ChaCha8Rng, than: &[&Thing]) -> &Thing {
+        loop {
+            let category = than.first().filter(|_| rng.random_bool(0.5)).map(|thing| &thing.category);
+            let same = category.and_then(|category| self.things.by_category.get(category)?.choose(rng));
+            let found = same.map_or_else(|| self.any(rng), |index| &self.things.all[*index]);
+            // Names that contain each other ("moon", "full moon") would make a question without an answer.
+            if than.iter().all(|thing| !found.name.contains(&thing.name) && !thing.name.contains(&found.name))
+            {
+                return found;
+            }
+        }
+    }
+
+    /// One thing in a picture of its own.
+    pub(crate) fn alone(&self, rng: &mut ChaCha8Rng, thing: &Thing, variation: Variation) -> Result<Scene> {
+        let picture = thing.pictures.choose(rng).context("a thing without a picture")?;
+        let place = Place::alone(rng, variation);
+        compose(rng, &[(picture, place)], variation)
+    }
+
+    /// The texts of a sample.
+    pub(crate) fn texts(&self, kind: Kind, number: u64) -> Result<Vec<String>> {
+        let sample = self.sample(kind, 0, number)?;
+        let text = |segment| if let Segment::Text { text, .. } = segment { Some(text) } else { None };
+        Ok(sample.segments.into_iter().filter_map(text).collect())
+    }
+
+    /// The sample of this number.
+    fn sample(&self, kind: Kind, seed: u64, number: u64) -> Result<Sample> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(number);
+        let rng = &mut rng;
+        if kind == Kind::Text {
+            return Ok(facts::text(self, rng));
+        }
+        match rng.random_range(0..100) {
+            0..46 => dialogue::single(self, rng),
+            46..60 => single::base(self, rng),
+            60..66 => dialogue::two_things(self, rng),
+            66..73 => dialogue::several(self, rng),
+            73..78 => dialogue::two_pictures(self, rng),
+            78..86 => episode::episode(self, rng),
+            86..92 => Ok(self.shapes.sample(rng)),
+            92..94 => dialogue::story(self, rng),
+            _ => Ok(facts::question(self, rng)),
+        }
+    }
+}
+
+/// The sets that the stages of training read.
+pub(crate) const PLANS: [Plan; 3] = [
+    Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
+    Plan { name: "blocks", kind: Kind::Joint, samples: 60_000, seed: 2 },
+    Plan { name: "joint", kind: Kind::Joint, samples: 120_000, seed: 3 },
+];
+
+/// Writes all sets.
+pub(crate) fn samples(folders: &Folders) -> Result<()> {
+    let maker = Maker::open(folders, Part::Training)?;
+    PLANS.iter().try_for_each(|plan| {
+        eprintln!("samples: {} of {}", plan.samples, plan.name);
+        write(folders, &maker, plan)
+    })
+}
+
+/// What a set of shards is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The language model alone.
+    Text,
+    /// Pictures and text.
+    Joint,
+}
+
+/// One set of shards.
+pub(crate) struct Plan {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    pub(crate) samples: usize,
+    pub(crate) seed: u64,
+}
+
+/// Writes the shards of `plan` that are not there.
+fn write(folders: &Folders, maker: &Maker, plan: &Plan) -> Result<()> {
+    let folder = folders.make(&format!("samples/{}", plan.name))?;
+    let shards = plan.samples.div_ceil(SHARD);
+    (0..shards).into_par_iter().try_for_each(|shard| {
+        let path = folder.join(format!("{shard:05}.tar"));
+        if path.exists() {
+            return Ok(());
+        }
+        let numbers = (shard * SHARD)..((shard + 1) * SHARD).min(plan.samples);
+        write_shard(&path, numbers.map(|number| maker.sample(plan.kind, plan.seed, number as u64)))
+            .with_context(|| format!("writing {}", path.display()))
+    })
+}
+
+fn write_shard(path: &Path, samples: impl Iterator<Item = Result<Sample>>) -> Result<()> {
+    let partial = path.with_extension("part");
+    let mut tar = tar::Builder::new(BufWriter::new(File::create(&partial)?));
+    for (number, sample) in samples.enumerate() {
+        let Sample { segments, pictures } = sample?;
+        let json = serde_json::to_vec(&serde_json::json!({ "segments": segments }))?;
+        append(&mut tar, &format!("{number:05}.json"), &json)?;
+        for (index, picture) in pictures.iter().enumerate() {
+            append(&mut tar, &format!("{number:05}.{index}.jpg"), picture)?;
+        }
+    }
+    tar.into_inner()?.into_inner().map_err(|error| error.into_error())?.sync_all()?;
+    fs::rename(&partial, path)?;
+    Ok(())
+}
+
+fn append(tar: &mut tar::Builder<BufWriter<File>>, name: &str, bytes: &[u8]) -> Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(0o644);
+    header.set_cksum();
+    Ok(tar.append_data(&mut header, name, bytes)?)
+}
