@@ -7,7 +7,7 @@
 //!
 //! First every prompt is asked alone, then all clients ask mixed prompts with and without pictures, streamed and
 //! not, greedy and drawn. Any other answer, any error, ends in a status that is not zero. The memory of the server
-//! is printed on the way, as its own metrics tell it. With API keys, IDEFICS_API_KEY holds one.
+//! is printed on the way, as its own metrics tell it. With API keys, `IDEFICS_API_KEY` holds one.
 #![allow(clippy::print_stdout, missing_docs)]
 
 mod http;
@@ -116,8 +116,11 @@ fn ask(client: &mut Client, request: &Value) -> anyhow::Result<Answer> {
     if request["stream"] != true {
         let json = reply.json()?;
         for (index, choice) in json["choices"].as_array().into_iter().flatten().enumerate() {
-            answer.text[index] = choice["message"]["content"].as_str().unwrap_or_default().to_owned();
-            answer.finish_reasons[index] = choice["finish_reason"].as_str().unwrap_or_default().to_owned();
+            choice["message"]["content"].as_str().unwrap_or_default().clone_into(&mut answer.text[index]);
+            choice["finish_reason"]
+                .as_str()
+                .unwrap_or_default()
+                .clone_into(&mut answer.finish_reasons[index]);
         }
         answer.tokens = json["usage"]["completion_tokens"].as_u64().unwrap_or(0) as usize;
         return Ok(answer);

@@ -48,21 +48,18 @@ struct Options {
 
 fn main() -> anyhow::Result<()> {
     let options = options()?;
-    let (backend, processor) = match &options.model {
-        Some(directory) => {
-            let model = Idefics::from_pretrained(directory, &LoadOptions::default())?;
-            let processor = Processor::from_pretrained(directory)?;
-            (engine(model, &processor)?, processor)
-        }
-        None => {
-            let config = shape(&options.shape).with_context(|| format!("unknown shape {}", options.shape))?;
-            let weights = RandomWeights::new(&config, options.format);
-            let compute = if options.format == Format::F32 { Compute::F32 } else { Compute::Bf16 };
-            let model = Model::new(config, &weights, Ops { isa: Isa::best(), compute })?;
-            // Any tokenizer will do: what random weights write is not looked at.
-            let processor = Processor::from_pretrained(tiny())?;
-            (engine(model, &processor)?, processor)
-        }
+    let (backend, processor) = if let Some(directory) = &options.model {
+        let model = Idefics::from_pretrained(directory, &LoadOptions::default())?;
+        let processor = Processor::from_pretrained(directory)?;
+        (engine(model, &processor)?, processor)
+    } else {
+        let config = shape(&options.shape).with_context(|| format!("unknown shape {}", options.shape))?;
+        let weights = RandomWeights::new(&config, options.format);
+        let compute = if options.format == Format::F32 { Compute::F32 } else { Compute::Bf16 };
+        let model = Model::new(config, &weights, Ops { isa: Isa::best(), compute })?;
+        // Any tokenizer will do: what random weights write is not looked at.
+        let processor = Processor::from_pretrained(tiny())?;
+        (engine(model, &processor)?, processor)
     };
     let address = serve(backend.clone(), processor)?;
     for &clients in &options.clients {

@@ -330,6 +330,11 @@ fn inputs_of_ids(token_ids: Vec<u32>, vocab_size: usize) -> Result<SequenceInput
     Ok(SequenceInputs { image_index: vec![None; token_ids.len()], token_ids, images: Vec::new() })
 }
 
+/// The first element and all from `from` on.
+fn cut<T: Copy>(all: &[T], from: usize) -> Vec<T> {
+    std::iter::once(all[0]).chain(all[from..].iter().copied()).collect()
+}
+
 /// The first token, which begins every prompt, and as many of the last ones as `keep` leaves.
 fn keep_last(inputs: SequenceInputs, keep: usize) -> SequenceInputs {
     let count = inputs.token_ids.len();
@@ -337,9 +342,6 @@ fn keep_last(inputs: SequenceInputs, keep: usize) -> SequenceInputs {
         return inputs;
     }
     let from = count - (keep - 1);
-    fn cut<T: Copy>(all: &[T], from: usize) -> Vec<T> {
-        std::iter::once(all[0]).chain(all[from..].iter().copied()).collect()
-    }
     SequenceInputs {
         token_ids: cut(&inputs.token_ids, from),
         image_index: cut(&inputs.image_index, from),

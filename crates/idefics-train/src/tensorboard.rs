@@ -26,7 +26,7 @@ impl EventFile {
     pub fn create(directory: &Path, step: u64) -> Result<Self, TrainError> {
         fs::create_dir_all(directory).map_err(io_error("create", directory))?;
         let now = seconds();
-        let path = (0..)
+        let path = (0..=u32::MAX)
             .map(|number| directory.join(format!("events.out.tfevents.{:010}.idefics.{number}", now as u64)))
             .find(|path| !path.exists())
             .unwrap_or_default();
@@ -75,7 +75,7 @@ impl EventFile {
     }
 }
 
-/// `Event`: wall_time = 1, step = 2, and one of the others.
+/// `Event`: `wall_time` = 1, step = 2, and one of the others.
 fn event(time: f64, step: u64, content: &[u8]) -> Vec<u8> {
     let mut event = vec![1 << 3 | 1];
     event.extend(time.to_le_bytes());

@@ -1,5 +1,7 @@
 //! Whole runs on a small model and real pictures: stopped, killed, resumed, spoiled.
 
+#![allow(clippy::result_large_err)] // An error ends the test.
+
 use std::{
     fs,
     path::{Path, PathBuf},

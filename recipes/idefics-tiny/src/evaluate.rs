@@ -229,7 +229,7 @@ fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
     for (number, thing) in maker.things.all.iter().enumerate() {
         let mut rng = ChaCha8Rng::seed_from_u64(1000 + number as u64);
         let rng = &mut rng;
-        let scene = maker.alone(rng, thing, Variation::None)?;
+        let scene = Maker::alone(rng, thing, Variation::None)?;
         let ask = |rng: &mut ChaCha8Rng, kind| question(&maker, rng, thing, &scene, kind);
         items.extend(match task {
             Task::Name => Some(item(&scene, "What is this?", &thing.name)),
@@ -240,7 +240,7 @@ fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
             Task::Replaced | Task::ReplacedYesNo => {
                 let kind = if task == Task::Replaced { Question::Choice } else { Question::YesNo };
                 let other = maker.other(rng, &[thing]);
-                let shown = maker.alone(rng, other, Variation::None)?;
+                let shown = Maker::alone(rng, other, Variation::None)?;
                 ask(rng, kind).map(|(asked, told)| item(&shown, &asked, &told))
             }
             Task::SecondTurn => Some(second_turn(&scene, &thing.name)),
@@ -308,7 +308,7 @@ fn invented(folders: &Folders) -> Result<Vec<Item>> {
         let asked = rng.random_range(0..2);
         let mut prompt = Prompt::new();
         for which in order.into_iter().chain([asked]) {
-            let scene = maker.alone(rng, things[which], Variation::Strong)?;
+            let scene = Maker::alone(rng, things[which], Variation::Strong)?;
             let text = Segment::text(format!("This is {}.\n", with_article(&names[which])));
             prompt.extend([image(&scene.jpeg), text]);
         }

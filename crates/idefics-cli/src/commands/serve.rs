@@ -50,7 +50,6 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Network")]
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct NetworkArgs {
     /// Address to listen on; 0.0.0.0 or :: for all
     #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
@@ -60,7 +59,7 @@ struct NetworkArgs {
     #[arg(long, short, default_value_t = 8080, value_name = "PORT")]
     port: u16,
 
-    /// API keys, one a line; IDEFICS_API_KEYS may hold more
+    /// API keys, one a line; `IDEFICS_API_KEYS` may hold more
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
 

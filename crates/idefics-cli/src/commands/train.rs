@@ -204,7 +204,7 @@ struct Display {
     total: u64,
     first_step: u64,
     begun: Instant,
-    last_line: Instant,
+    last_line: Option<Instant>,
     /// Loss, tokens per second, pictures per second: running means.
     means: Option<[f64; 3]>,
 }
@@ -221,7 +221,7 @@ impl Display {
             ProgressBar::new(total).with_style(style).with_position(first_step)
         });
         let now = Instant::now();
-        Self { bar, total, first_step, begun: now, last_line: now - LINE_PAUSE, means: None }
+        Self { bar, total, first_step, begun: now, last_line: None, means: None }
     }
 
     fn show(&mut self, event: &Event<'_>) {
@@ -253,11 +253,11 @@ impl Display {
         if let Some(bar) = &self.bar {
             bar.set_message(text);
             bar.set_position(record.step);
-        } else if self.last_line.elapsed() >= LINE_PAUSE {
+        } else if self.last_line.is_none_or(|line| line.elapsed() >= LINE_PAUSE) {
             let done = (record.step - self.first_step).max(1) as u32;
             let left = self.begun.elapsed() / done * self.total.saturating_sub(record.step) as u32;
             eprintln!("step {} of {}: {text}  {} left", record.step, self.total, HumanDuration(left));
-            self.last_line = Instant::now();
+            self.last_line = Some(Instant::now());
         }
     }
 

@@ -9,37 +9,37 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 
 /// One connection, kept open.
-pub struct Client {
+pub(crate) struct Client {
     address: String,
     key: Option<String>,
     stream: BufReader<TcpStream>,
 }
 
 /// What came back.
-pub struct Reply {
-    pub status: u16,
-    pub body: Vec<u8>,
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Client {
     /// Connects to `HOST:PORT`; `key` is the server's API key.
-    pub fn connect(address: &str, key: Option<String>) -> anyhow::Result<Self> {
+    pub(crate) fn connect(address: &str, key: Option<String>) -> anyhow::Result<Self> {
         let stream = TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
         stream.set_nodelay(true)?;
         Ok(Self { address: address.to_owned(), key, stream: BufReader::new(stream) })
     }
 
-    pub fn get(&mut self, path: &str) -> anyhow::Result<Reply> {
+    pub(crate) fn get(&mut self, path: &str) -> anyhow::Result<Reply> {
         self.send("GET", path, "")?;
         self.reply(|_| ())
     }
 
-    pub fn post(&mut self, path: &str, json: &Value) -> anyhow::Result<Reply> {
+    pub(crate) fn post(&mut self, path: &str, json: &Value) -> anyhow::Result<Reply> {
         self.post_watched(path, json, |_| ())
     }
 
     /// The same; `on_chunk` sees each part of a streamed body as it comes.
-    pub fn post_watched(
+    pub(crate) fn post_watched(
         &mut self,
         path: &str,
         json: &Value,
@@ -84,7 +84,10 @@ impl Client {
         }
         let mut body = vec![0; length];
         self.stream.read_exact(&mut body)?;
-        while is_chunked {
+        loop {
+            if !is_chunked {
+                break;
+            }
             let length = usize::from_str_radix(&self.line()?, 16)?;
             let mut chunk = vec![0; length + 2];
             self.stream.read_exact(&mut chunk)?;
@@ -99,7 +102,8 @@ impl Client {
 }
 
 impl Reply {
-    pub fn json(&self) -> anyhow::Result<Value> {
+    #[allow(dead_code, reason = "every example that uses this module needs some of it")]
+    pub(crate) fn json(&self) -> anyhow::Result<Value> {
         serde_json::from_slice(&self.body).context("the reply is not JSON")
     }
 }

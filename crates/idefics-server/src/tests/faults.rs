@@ -70,7 +70,7 @@ impl Live {
     async fn wait(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
         let start = Instant::now();
         while !is_so(self) {
-            assert!(start.elapsed() < Duration::from_secs(60), "never {what}");
+            assert!(start.elapsed() < Duration::from_mins(1), "never {what}");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -96,7 +96,7 @@ async fn read_to_end(stream: &mut TcpStream) -> String {
     let mut reply = Vec::new();
     // A reset after the response is the same to us as an end.
     let _ =
-        tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut reply)).await.expect("an end");
+        tokio::time::timeout(Duration::from_mins(1), stream.read_to_end(&mut reply)).await.expect("an end");
     String::from_utf8_lossy(&reply).into_owned()
 }
 

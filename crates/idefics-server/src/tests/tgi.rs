@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::testing::{MODEL, TestServer, picture};
 
-fn ask(inputs: &str, parameters: Value) -> Value {
+fn ask(inputs: &str, parameters: &Value) -> Value {
     json!({"inputs": inputs, "parameters": parameters})
 }
 
@@ -12,12 +12,12 @@ fn ask(inputs: &str, parameters: Value) -> Value {
 async fn generate_gives_text_and_details() {
     let server = TestServer::new();
     let inputs = format!("User:![]({})What is this?<end_of_utterance>\nAssistant:", picture("444.jpg"));
-    let plain = server.post("/generate", &ask(&inputs, json!({"max_new_tokens": 6}))).await;
+    let plain = server.post("/generate", &ask(&inputs, &json!({"max_new_tokens": 6}))).await;
     assert_eq!(plain.status, 200, "{}", plain.body);
     assert!(plain.json().get("details").is_none());
     let parameters = json!({"max_new_tokens": 6, "details": true, "top_n_tokens": 2, "do_sample": false,
         "temperature": null, "stop": [], "watermark": false, "grammar": null, "adapter_id": null, "seed": null});
-    let detailed = server.post("/generate", &ask(&inputs, parameters)).await.json();
+    let detailed = server.post("/generate", &ask(&inputs, &parameters)).await.json();
     assert_eq!(detailed["generated_text"], plain.json()["generated_text"]);
     let details = &detailed["details"];
     assert_eq!(details["finish_reason"], "length");
@@ -28,14 +28,14 @@ async fn generate_gives_text_and_details() {
     assert_eq!((tokens.len(), details["top_tokens"].as_array().unwrap().len()), (6, 6));
     assert!(tokens[0]["logprob"].as_f64().unwrap() < 0.0 && tokens[0]["special"].is_boolean());
     // `POST /` answers a list, or a stream.
-    let compat = server.post("/", &ask(&inputs, json!({"max_new_tokens": 6}))).await.json();
+    let compat = server.post("/", &ask(&inputs, &json!({"max_new_tokens": 6}))).await.json();
     assert_eq!(compat, json!([plain.json()]));
 }
 
 #[tokio::test]
 async fn a_stream_ends_with_the_whole_text() {
     let server = TestServer::new();
-    let request = ask("Hello", json!({"max_new_tokens": 7}));
+    let request = ask("Hello", &json!({"max_new_tokens": 7}));
     let whole = server.post("/generate", &request).await.json();
     let mut compat = request.clone();
     compat["stream"] = json!(true);
@@ -61,7 +61,7 @@ async fn a_stream_ends_with_the_whole_text() {
 async fn parameters_do_what_they_say() {
     let server = TestServer::new();
     let generate = async |parameters: Value| {
-        let reply = server.post("/generate", &ask("Hello you", parameters.clone())).await;
+        let reply = server.post("/generate", &ask("Hello you", &parameters)).await;
         assert_eq!(reply.status, 200, "{parameters}: {}", reply.body);
         reply.json()
     };
@@ -110,13 +110,13 @@ async fn refusals_are_validation_errors_of_422() {
         json!({"seed": 0.5}),
         json!({"stop": "not a list"}),
     ] {
-        let reply = server.post("/generate", &ask("Hi", parameters.clone())).await;
+        let reply = server.post("/generate", &ask("Hi", &parameters)).await;
         assert_eq!(reply.status, 422, "{parameters}: {}", reply.body);
         let error = reply.json();
         assert_eq!(error["error_type"], "validation", "{error}");
         assert!(error["error"].as_str().unwrap().starts_with("Input validation error: "), "{error}");
     }
-    let stream = server.post("/generate_stream", &ask("![](http://h/x.png)", json!({}))).await;
+    let stream = server.post("/generate_stream", &ask("![](http://h/x.png)", &json!({}))).await;
     assert_eq!((stream.status, stream.json()["error_type"].as_str()), (422, Some("validation")));
 }
 

@@ -205,6 +205,9 @@ mod tests {
 
     use super::*;
 
+    /// Lists of a group of documents.
+    type List = &'static [&'static [Option<&'static str>]];
+
     /// Two row groups of documents: `Some` text or picture at each place, as definition levels of nullable items.
     fn write(path: &Path) {
         let schema = "message schema {
@@ -215,7 +218,6 @@ mod tests {
         let schema = Arc::new(parse_message_type(schema).unwrap());
         let file = File::create(path).unwrap();
         let mut writer = SerializedFileWriter::new(file, schema, Arc::default()).unwrap();
-        type List = &'static [&'static [Option<&'static str>]];
         let groups: [(List, List); 2] = [
             (
                 &[&[None, Some("a.jpg"), None], &[Some("https://host/x/b.jpg?s=1")]],
