@@ -43,3 +43,12 @@ deny:
 fuzz target seconds="600":
     mkdir -p fuzz/corpus/{{target}}
     cd fuzz && RUSTC_BOOTSTRAP=1 cargo fuzz run {{target}} corpus/{{target}} seeds/{{target}} -- -max_total_time={{seconds}} -rss_limit_mb=2048
+
+# Kernel tests under AddressSanitizer, on every tier of this processor.
+asan:
+    RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --release -p idefics-kernels --lib --target x86_64-unknown-linux-gnu --target-dir target/asan
+
+# Kernel tests under valgrind, which knows no AVX-512: the portable and the AVX2 tier. Minutes;
+# probes of the machine's speed are left out.
+valgrind:
+    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=9" cargo test --release -p idefics-kernels --lib -- --test-threads=1 --skip probe

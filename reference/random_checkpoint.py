@@ -5,7 +5,8 @@
 Loading, memory and speed do not depend on what the weights are, so they can be measured with this. Every tensor is a
 stretch of one block of normal numbers, scaled so that activations stay of order one; gates are random and not zero,
 norms near one. Tokenizer files are copied from the given directory. Shapes and key names are those of the published
-checkpoints; `small` is a shape for trying things out.
+checkpoints; `small` is a shape for trying things out. With `--dtype nf4` the linear layers of the text model and the
+gated blocks are codes and scales as bitsandbytes stores them, the rest is bf16; `--layers` makes it as large as wanted.
 """
 
 import argparse
@@ -21,7 +22,16 @@ from pathlib import Path
 import numpy as np
 
 BLOCK = 1 << 24
-DTYPES = {"bf16": ("BF16", "bfloat16", 2), "f16": ("F16", "float16", 2), "f32": ("F32", "float32", 4)}
+DTYPES = {
+    "bf16": ("BF16", "bfloat16", 2), "f16": ("F16", "float16", 2), "f32": ("F32", "float32", 4),
+    "nf4": ("BF16", "bfloat16", 2),
+}
+# The 16 values of NF4 (QLoRA, Dettmers et al., 2023, appendix E).
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
 )
@@ -57,6 +67,34 @@ class Tensor:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    def is_packed(self, dtype: str) -> bool:
+        """Whether NF4 is for this one: linear layers of the text model and the gated blocks."""
+        blocks = ("model.layers.", "model.gated_cross_attn_layers.")
+        return dtype == "nf4" and self.name.startswith(blocks) and len(self.shape) == 2
+
+    def pieces(self, dtype: str) -> list[tuple[str, str, list[int], int]]:
+        """The stored tensors that it becomes: name, type, shape, bytes."""
+        if not self.is_packed(dtype):
+            name, _, item = DTYPES[dtype]
+            return [(self.name, name, list(self.shape), self.elements * item)]
+        state = len(quant_state(self))
+        return [
+            (f"{self.name}.quant_map", "F32", [16], 64),
+            (f"{self.name}.absmax", "F32", [self.elements // 64], self.elements // 16),
+            (self.name, "U8", [self.elements // 2, 1], self.elements // 2),
+            (f"{self.name}.quant_state.bitsandbytes__nf4", "U8", [state], state),
+        ]
+
+    def bytes(self, dtype: str) -> int:
+        return sum(size for *_, size in self.pieces(dtype))
+
+
+def quant_state(tensor: Tensor) -> bytes:
+    """What bitsandbytes keeps beside a weight, padded so that what follows is aligned."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(tensor.shape)}
+    text = json.dumps(state).encode()
+    return text + b" " * (-len(text) % 64)
 
 
 def tensors(config: dict) -> list[Tensor]:
@@ -149,10 +187,10 @@ def tensors(config: dict) -> list[Tensor]:
     return found
 
 
-def shards(found: list[Tensor], item: int, limit: int) -> list[list[Tensor]]:
+def shards(found: list[Tensor], dtype: str, limit: int) -> list[list[Tensor]]:
     parts, size = [[]], 0
     for tensor in found:
-        bytes = tensor.elements * item
+        bytes = tensor.bytes(dtype)
         if parts[-1] and size + bytes > limit:
             parts.append([])
             size = 0
@@ -170,12 +208,17 @@ class Filler:
         self.scaled: dict[tuple[float, float], np.ndarray] = {}
 
     def write(self, file, tensor: Tensor) -> None:
-        if tensor.elements < 1 << 20:
+        if tensor.is_packed(self.dtype):
+            self._write_packed(file, tensor)
+        elif tensor.elements < 1 << 20:
             # Small ones are converted by themselves: caching a block for each of their scales would cost memory.
             start = zlib.crc32(tensor.name.encode()) % (BLOCK - tensor.elements)
             values = tensor.mean + tensor.std * self.normal[start : start + tensor.elements]
             file.write(self._convert(values).data)
-            return
+        else:
+            self._write_large(file, tensor)
+
+    def _write_large(self, file, tensor: Tensor) -> None:
         key = (tensor.mean, tensor.std)
         if key not in self.scaled:
             # A 32 MB block each; real shapes have about ten scales.
@@ -189,6 +232,20 @@ class Filler:
             # A step that shares no factor with usual row lengths keeps rows of one tensor apart.
             start = 0 if start else 7919
 
+    def _write_packed(self, file, tensor: Tensor) -> None:
+        """Random codes under one scale: the standard deviation of the 16 values, taken evenly, is 0.55."""
+        file.write(np.array(NF4, "<f4").data)
+        file.write(np.full(tensor.elements // 64, tensor.std / 0.55, "<f4").data)
+        codes, left = self.normal.view(np.uint8), tensor.elements // 2
+        start = zlib.crc32(tensor.name.encode()) % (1 << 20)
+        while left:
+            # The lower bytes of the numbers are as good as random; the upper ones are not, but nor does it matter.
+            part = codes[start : start + left]
+            file.write(part.data)
+            left -= part.size
+            start = 0
+        file.write(quant_state(tensor))
+
     def _convert(self, values: np.ndarray) -> np.ndarray:
         values = values.astype("<f4")
         if self.dtype == "f32":
@@ -201,23 +258,27 @@ class Filler:
 
 
 def write_shard(path: Path, part: list[Tensor], dtype: str, filler: Filler) -> None:
-    name, _, item = DTYPES[dtype]
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for tensor in part:
-        end = offset + tensor.elements * item
-        header[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+    for name, type_name, shape, size in (piece for tensor in part for piece in tensor.pieces(dtype)):
+        header[name] = {"dtype": type_name, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % 64)
     with path.open("wb", buffering=1 << 20) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in part:
             filler.write(file, tensor)
 
 
-def configuration(shape: str, dtype: str, additional: int) -> dict:
-    sizes = SHAPES[shape]
+def configuration(shape: str, dtype: str, additional: int, layers: int | None) -> dict:
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    packed = {"quantization_config": {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": False,
+        "llm_int8_skip_modules": ["lm_head", "model.vision_model", "model.perceiver_resampler"],
+    }}
     return {
+        **(packed if dtype == "nf4" else {}),
         "architectures": ["IdeficsForVisionText2Text"],
         "model_type": "idefics",
         "vocab_size": 32000,
@@ -258,14 +319,14 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory whose tokenizer files are copied")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--max-shard-gb", type=float, default=9.8, help="in units of 10^9 bytes")
+    parser.add_argument("--layers", type=int, help="of the text model, instead of the shape's")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     added = json.loads((arguments.tokenizer / "added_tokens.json").read_text())
-    config = configuration(arguments.shape, arguments.dtype, len(added))
+    config = configuration(arguments.shape, arguments.dtype, len(added), arguments.layers)
     found = tensors(config)
-    item = DTYPES[arguments.dtype][2]
-    parts = shards(found, item, int(arguments.max_shard_gb * 1e9))
+    parts = shards(found, arguments.dtype, int(arguments.max_shard_gb * 1e9))
     total = sum(tensor.elements for tensor in found)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -275,14 +336,15 @@ def main() -> None:
     for number, part in enumerate(parts, 1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
         write_shard(arguments.out / name, part, arguments.dtype, filler)
-        weight_map |= {tensor.name: name for tensor in part}
+        weight_map |= {piece[0]: name for tensor in part for piece in tensor.pieces(arguments.dtype)}
         print(f"{name}: {len(part)} tensors, {(arguments.out / name).stat().st_size / 1e9:.2f} GB")
 
     def write_json(name: str, value: dict) -> None:
         (arguments.out / name).write_text(json.dumps(value, indent=2) + "\n")
 
     if len(parts) > 1:
-        metadata = {"total_parameters": total, "total_size": total * item}
+        size = sum(tensor.bytes(arguments.dtype) for tensor in found)
+        metadata = {"total_parameters": total, "total_size": size}
         write_json("model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
     write_json("config.json", config)
     write_json("generation_config.json", {

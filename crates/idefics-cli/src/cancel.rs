@@ -22,6 +22,11 @@ pub(crate) fn flag() -> &'static AtomicBool {
     &REQUESTED
 }
 
+/// Forgets a Ctrl-C, for work that begins anew.
+pub(crate) fn reset() {
+    REQUESTED.store(false, Ordering::Relaxed);
+}
+
 pub(crate) fn is_requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }

@@ -1,6 +1,6 @@
 //! One job over the lines of a file: in batches, in order, and a bad line does not stop the others.
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use serde_json::json;
 
 use crate::{cancel, counter::Counter, output};
@@ -17,11 +17,12 @@ pub(crate) struct Lines<T> {
 }
 
 impl<T> Lines<T> {
-    /// Makes a job of each line, does the jobs of a batch together, and prints the result of each.
+    /// Makes a job of each line, does the jobs of a batch together, and prints the result of each. `work` gives as
+    /// many results as it gets jobs.
     pub(crate) fn run<J>(
         self,
         mut prepare: impl FnMut(usize, T) -> anyhow::Result<J>,
-        mut work: impl FnMut(&[J]) -> anyhow::Result<Vec<String>>,
+        mut work: impl FnMut(&[J]) -> anyhow::Result<Vec<anyhow::Result<String>>>,
     ) -> anyhow::Result<()> {
         let (total, mut failed) = (self.entries.len(), 0);
         let mut counter = Counter::start(total, self.what);
@@ -38,20 +39,22 @@ impl<T> Lines<T> {
                 match line.and_then(|line| prepare(number, line)) {
                     Ok(job) => {
                         jobs.push(job);
-                        outcomes.push(Ok(()));
+                        outcomes.push((number, None));
                     }
-                    Err(error) => outcomes.push(Err((number, format!("{error:#}")))),
+                    Err(error) => outcomes.push((number, Some(error))),
                 }
             }
             let mut results = work(&jobs)?.into_iter();
-            for outcome in outcomes {
-                match outcome {
-                    Ok(()) => {
-                        let result = results.next().unwrap_or_default();
-                        counter.aside(|| output::print(&result))?;
-                    }
-                    Err((number, error)) => {
+            for (number, refused) in outcomes {
+                let result = match refused {
+                    Some(error) => Err(error),
+                    None => results.next().context("every job has a result")?,
+                };
+                match result {
+                    Ok(result) => counter.aside(|| output::print(&result))?,
+                    Err(error) => {
                         failed += 1;
+                        let error = format!("{error:#}");
                         counter.aside(|| eprintln!("error: line {number}: {error}"));
                         if self.reports_errors {
                             let line = json!({"line": number, "error": error}).to_string();

@@ -27,11 +27,13 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Generate(Box<commands::generate::Args>),
+    Chat(Box<commands::chat::Args>),
     Caption(Box<commands::caption::Args>),
     Ask(Box<commands::ask::Args>),
     Classify(commands::classify::Args),
     Score(commands::score::Args),
     Inspect(commands::inspect::Args),
+    Serve(Box<commands::serve::Args>),
     Quantize(commands::quantize::Args),
     Init(Box<commands::init::Args>),
     Merge(commands::merge::Args),
@@ -47,11 +49,13 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => commands::generate::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
         Command::Caption(args) => commands::caption::run(&args),
         Command::Ask(args) => commands::ask::run(&args),
         Command::Classify(args) => commands::classify::run(&args),
         Command::Score(args) => commands::score::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Serve(args) => commands::serve::run(*args),
         Command::Quantize(args) => commands::quantize::run(&args),
         Command::Init(args) => commands::init::run(&args),
         Command::Merge(args) => commands::merge::run(&args),

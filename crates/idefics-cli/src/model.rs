@@ -1,12 +1,13 @@
 //! Flags that every model command shares: which model, how it computes, how prompts become its inputs.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use idefics::{
     ComputeType, Idefics, LoadOptions, Processor,
     adapter::AdapterSource,
+    generate::{Engine, EngineOptions, Scheduler},
     processor::{AddEndOfUtterance, ExifOrientation, FetchPolicy, ImageLimits, ProcessOptions},
     quantize::Recipe,
 };
@@ -100,7 +101,7 @@ enum When {
 
 /// A model that is ready.
 pub(crate) struct Loaded {
-    pub(crate) model: Idefics,
+    pub(crate) model: Arc<Idefics>,
     pub(crate) processor: Processor,
     pub(crate) options: ProcessOptions,
 }
@@ -113,6 +114,16 @@ pub(crate) fn start_threads(threads: Option<usize>) -> anyhow::Result<()> {
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build_global().context("cannot start the threads")
+}
+
+impl Loaded {
+    /// What answers prompts, the same as behind a server. Pictures and beginnings of prompts that come again are
+    /// not read again.
+    pub(crate) fn engine(&self) -> anyhow::Result<Engine<Idefics>> {
+        let options = EngineOptions { scheduler: Scheduler::default(), ..EngineOptions::default() };
+        let (model, decoder) = (Arc::clone(&self.model), Arc::new(self.processor.clone()));
+        Engine::start(model, decoder, options).context("cannot start a thread")
+    }
 }
 
 /// Reads `DIR` or `DIR=WEIGHT`. A directory whose own name looks like the latter is found all the same.
@@ -142,6 +153,16 @@ impl From<Dtype> for ComputeType {
 }
 
 impl ModelArgs {
+    /// What the command line calls the model.
+    pub(crate) fn name(&self) -> &str {
+        &self.model
+    }
+
+    /// The format that weights are packed in while loading, if any.
+    pub(crate) fn packed_as(&self) -> Option<&'static str> {
+        self.quantize.map(FormatName::as_str)
+    }
+
     /// Finds, downloads and opens the model.
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
         start_threads(self.threads)?;
@@ -159,10 +180,10 @@ impl ModelArgs {
         };
         let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
         model.check_processor(&processor).with_context(in_directory)?;
-        Ok(Loaded { model, processor, options: self.process_options() })
+        Ok(Loaded { model: Arc::new(model), processor, options: self.process_options() })
     }
 
-    fn process_options(&self) -> ProcessOptions {
+    pub(crate) fn process_options(&self) -> ProcessOptions {
         let images = &self.images;
         ProcessOptions {
             add_end_of_utterance: match self.add_end_of_utterance {

@@ -1,10 +1,7 @@
 //! Answers to one task about many pictures.
 
 use anyhow::Context;
-use idefics::{
-    SequenceInputs,
-    generate::{Request, Scheduler, generate_requests},
-};
+use idefics::{SequenceInputs, dialogue::Form, generate::Request};
 
 use crate::{
     cancel,
@@ -12,7 +9,7 @@ use crate::{
     model::Loaded,
     options::GenerationArgs,
     prompts::image_source,
-    templates::{Form, Task},
+    templates::Task,
 };
 
 /// The text of an answer and why it ended.
@@ -34,31 +31,22 @@ pub(crate) fn answer_images(
     let special = loaded.processor.special_tokens();
     let base = task.generation(form, loaded.model.default_generation(Some(special))?);
     let config = generation.apply(base, &loaded.processor)?;
+    let engine = loaded.engine()?;
     images::run(records, images, |batch| {
         let inputs: Vec<anyhow::Result<SequenceInputs>> = batch
             .iter()
             .map(|image| {
                 let inputs = task_inputs(loaded, task, form, image)?;
-                Request::new(&inputs, &config).check(&loaded.model, 0)?;
+                Request::new(&inputs, &config).check(&*loaded.model, 0)?;
                 Ok(inputs)
             })
             .collect();
-        let sound = inputs.iter().flatten();
-        let requests: Vec<_> = sound
-            .map(|inputs| Request { cancel: Some(cancel::flag()), ..Request::new(inputs, &config) })
-            .collect();
+        let sound = inputs.iter().flatten().map(|inputs| (inputs.clone(), config.clone()));
         let quiet = |_: &_| std::ops::ControlFlow::Continue(());
-        let generated = generate_requests(
-            &loaded.model,
-            Some(&loaded.processor),
-            &requests,
-            Scheduler::default(),
-            quiet,
-        )?;
-        let mut generated = generated.into_iter();
+        let mut generated = engine.answer_each(sound, cancel::flag(), quiet).into_iter();
         let results = batch.iter().zip(inputs).map(|(image, inputs)| {
             inputs?;
-            let answers = generated.next().context("every sound prompt is answered")?;
+            let answers = generated.next().context("every sound prompt is answered")??;
             let best = answers.sequences.into_iter().next().context("every prompt has an answer")?;
             let text = best.text.unwrap_or_default().trim().to_owned();
             Ok(record(image, &TaskAnswer { text, finish_reason: best.finish_reason.as_str() }))

@@ -5,7 +5,8 @@
 //! task has texts that end it.
 
 use idefics::{
-    Processor, Prompt, Segment,
+    Prompt, Segment,
+    dialogue::Form,
     generate::GenerationConfig,
     processor::{END_OF_UTTERANCE, ImageSource},
 };
@@ -15,19 +16,6 @@ pub(crate) enum Task<'a> {
     Caption,
     Answer { question: &'a str },
     Classify { labels: &'a [String] },
-}
-
-/// The kind of a checkpoint.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Form {
-    Base,
-    Instruct,
-}
-
-impl Form {
-    pub(crate) fn of(processor: &Processor) -> Self {
-        if processor.special_tokens().end_of_utterance.is_some() { Self::Instruct } else { Self::Base }
-    }
 }
 
 impl Task<'_> {

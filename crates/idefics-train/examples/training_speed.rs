@@ -7,6 +7,8 @@
 //! torch is `reference/compare_training.py`. `qlora` trains factors of rank 16 beside `q_proj`, `k_proj` and
 //! `v_proj` of the 9B shape in NF4 on one picture and 256 tokens, and compares it with the forward pass alone.
 
+#![allow(clippy::print_stdout)] // The figures are the output.
+
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use idefics::{

@@ -65,7 +65,9 @@ impl DataReport {
             })
             .collect();
         let mut report = Self { samples, ..Self::default() };
-        seen.into_iter().for_each(|seen| report.add(seen));
+        for seen in seen {
+            report.add(seen);
+        }
         report
     }
 

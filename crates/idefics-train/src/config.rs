@@ -4,7 +4,13 @@
 
 use std::path::{Path, PathBuf};
 
-use idefics::{ComputeType, model::Tape};
+use idefics::{
+    ComputeType,
+    adapter::{LoraConfig, Targets},
+    checkpoint::Part,
+    model::Tape,
+    quantize::{Format, Recipe},
+};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -34,6 +40,10 @@ pub struct TrainConfig {
     /// Which weights move.
     #[serde(default)]
     pub trainable: Trainable,
+    /// Low-rank factors beside frozen layers, if there are to be any.
+    pub lora: Option<LoraOptions>,
+    /// Packs frozen layers while the model is loaded (QLoRA), if asked to.
+    pub quantize: Option<QuantizeOptions>,
     /// What is learned from.
     pub data: Vec<SourceConfig>,
     /// How samples become sequences.
@@ -62,6 +72,80 @@ pub struct TrainConfig {
     /// Reading ahead, and broken samples.
     #[serde(default)]
     pub loading: LoadingConfig,
+}
+
+/// LoRA, under the names that PEFT has for it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraOptions {
+    /// Rank.
+    pub r: usize,
+    /// What the factors add is scaled by `alpha / r`.
+    pub alpha: f64,
+    /// Share of the inputs that the factors do not see.
+    pub dropout: f64,
+    /// Linear layers by the ends of their names, or a regular expression for whole names.
+    pub targets: Targets,
+    /// Layers that are left out all the same.
+    pub exclude: Option<Targets>,
+    /// Scale by `alpha / √r`.
+    pub rslora: bool,
+    /// Directory of an adapter to go on with; rank and targets are its own.
+    pub start: Option<PathBuf>,
+}
+
+impl Default for LoraOptions {
+    /// The recipe that Hugging Face published for IDEFICS.
+    fn default() -> Self {
+        let targets = ["q_proj", "k_proj", "v_proj"].map(str::to_owned).to_vec();
+        Self {
+            r: 16,
+            alpha: 32.0,
+            dropout: 0.05,
+            targets: Targets::Names(targets),
+            exclude: None,
+            rslora: false,
+            start: None,
+        }
+    }
+}
+
+impl LoraOptions {
+    /// As PEFT's file has it.
+    pub fn to_peft(&self) -> LoraConfig {
+        LoraConfig {
+            r: self.r,
+            lora_alpha: self.alpha,
+            lora_dropout: self.dropout,
+            target_modules: Some(self.targets.clone()),
+            exclude_modules: self.exclude.clone(),
+            rank_pattern: serde_json::Map::new(),
+            alpha_pattern: serde_json::Map::new(),
+            use_rslora: self.rslora,
+            modules_to_save: None,
+        }
+    }
+}
+
+/// How frozen layers are packed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizeOptions {
+    /// `nf4`, `nf4+dq` or `q8`.
+    pub format: Format,
+    /// Whose linear layers; those of the text model and the gated blocks if nothing is said.
+    pub parts: Option<Vec<Part>>,
+}
+
+impl QuantizeOptions {
+    /// For the packer.
+    pub fn recipe(&self) -> Recipe {
+        let recipe = Recipe::new(self.format);
+        match &self.parts {
+            Some(parts) => Recipe { parts: parts.iter().copied().collect(), ..recipe },
+            None => recipe,
+        }
+    }
 }
 
 /// How long a run is, and how it is computed.
@@ -420,6 +504,12 @@ impl TrainConfig {
             "a share from 0 to 1",
             &self.loading.max_broken,
         )?;
+        if let Some(lora) = &self.lora {
+            check(lora.r > 0, "lora.r", "at least 1", &0)?;
+            check(lora.alpha.is_finite(), "lora.alpha", "a number", &lora.alpha)?;
+            let is_share = (0.0..1.0).contains(&lora.dropout);
+            check(is_share, "lora.dropout", "a share from 0 to below 1", &lora.dropout)?;
+        }
         let sound = self.augment.is_none_or(|augment| augment.is_sound());
         check(sound, "augment", "ranges above 0, a scale up to 1", &format!("{:?}", self.augment))
     }
@@ -464,6 +554,27 @@ mod tests {
         // What a run remembers of its configuration is the whole of it.
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<TrainConfig>(&json).unwrap(), config);
+    }
+
+    /// The guide's configurations are read, and the one with all options has the defaults.
+    #[test]
+    fn the_guide_is_right() {
+        let guide = include_str!("../../../docs/fine-tuning.md");
+        let blocks: Vec<String> = guide
+            .split("```toml\n")
+            .skip(1)
+            .map(|block| block.split("```").next().unwrap().replace("\n   ", "\n"))
+            .collect();
+        assert_eq!(blocks.len(), 2);
+        parse(&blocks[0], &[]).unwrap();
+        let head = "model = 'm'\noutput = 'o'\n";
+        let tail = "[[data]]\nformat = 'jsonl'\npath = 'x'\n";
+        let all = parse(&format!("{head}{}{tail}", blocks[1]), &[]).unwrap();
+        let plain = parse(&format!("{head}[run]\nsteps = 1000\n{tail}"), &[]).unwrap();
+        assert_eq!(all.lora, Some(LoraOptions::default()));
+        assert_eq!(all.augment.unwrap().scale, RandomResizedCrop::default().scale);
+        assert_eq!(all.quantize.as_ref().unwrap().recipe(), Recipe::new(Format::Nf4));
+        assert_eq!(TrainConfig { lora: None, augment: None, quantize: None, ..all }, plain);
     }
 
     #[test]

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use idefics::{
+    adapter::AdapterError,
     checkpoint::{CheckpointError, WriteError},
     generate::GenerateError,
     model::ModelError,
     processor::ProcessorError,
+    quantize::QuantizeError,
 };
 
-use crate::{config::ConfigError, data::DataError, freeze::UnknownModuleType};
+use crate::{adapter::LoraError, config::ConfigError, data::DataError, freeze::UnknownModuleType};
 
 /// Any failure of a training run.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +37,23 @@ pub enum TrainError {
     /// An answer of the model in training.
     #[error(transparent)]
     Generate(#[from] GenerateError),
+    /// Low-rank factors.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
+    /// An adapter to begin with.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// An adapter to begin with that has more than factors.
+    #[error("adapter {}: it replaces {name}, which training cannot go on with", path.display())]
+    ReplacedStart {
+        /// The adapter.
+        path: PathBuf,
+        /// A weight that it replaces.
+        name: String,
+    },
+    /// The frozen layers cannot be packed.
+    #[error(transparent)]
+    Quantize(#[from] QuantizeError),
     /// A freeze flag of the configuration.
     #[error(transparent)]
     Freeze(#[from] UnknownModuleType),

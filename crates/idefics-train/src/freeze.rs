@@ -1,7 +1,7 @@
 //! Which weights are trained: the reference's freeze flags with their exceptions, and patterns on top.
 //!
 //! Source: transformers `modeling_idefics.py`, `freeze_model` and `freeze_relevant_params`; m4's
-//! `patterns_to_unfreeze`. Surprising: the text's norms are RMSNorms, which the exception `LayerNorm` does not
+//! `patterns_to_unfreeze`. Surprising: the text's norms are `RMSNorm`s, which the exception `LayerNorm` does not
 //! mean; gated blocks, perceiver and additional vocabulary are frozen by no flag; the tower's last norm is stored
 //! but never used, so it is never trained.
 
@@ -41,8 +41,8 @@ pub type Pattern = Vec<String>;
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Trainable {
-    /// Where to begin.
-    pub preset: Preset,
+    /// Where to begin; everything is trained if nothing is said, or nothing where there is LoRA.
+    pub preset: Option<Preset>,
     /// Whether the text layers, their last norm and the base embedding are frozen.
     pub freeze_text_layers: Option<bool>,
     /// Module types in the text layers that stay trainable all the same.
@@ -79,9 +79,10 @@ pub struct Rules {
 }
 
 impl Trainable {
-    /// The rules for a model of that configuration.
-    pub fn rules(&self, config: &IdeficsConfig) -> Result<Rules, UnknownModuleType> {
-        let (text, vision, head) = match self.preset {
+    /// The rules for a model of that configuration, and a preset where none was chosen.
+    pub fn rules(&self, config: &IdeficsConfig, default: Preset) -> Result<Rules, UnknownModuleType> {
+        let preset = self.preset.unwrap_or(default);
+        let (text, vision, head) = match preset {
             Preset::Full => (false, false, false),
             Preset::FrozenBackbones | Preset::Nothing => (true, true, true),
             Preset::Configured => {
@@ -90,7 +91,7 @@ impl Trainable {
         };
         let exceptions = |given: &Option<Vec<ModuleType>>, field, configured: &[String]| match given {
             Some(given) => Ok(given.clone()),
-            None if self.preset == Preset::Configured => module_types(field, configured),
+            None if preset == Preset::Configured => module_types(field, configured),
             None => Ok(Vec::new()),
         };
         let text_exceptions = exceptions(
@@ -107,7 +108,7 @@ impl Trainable {
             text: self.freeze_text_layers.unwrap_or(text).then_some(text_exceptions),
             vision: self.freeze_vision_layers.unwrap_or(vision).then_some(vision_exceptions),
             is_head_frozen: self.freeze_lm_head.unwrap_or(head),
-            is_all_frozen: self.preset == Preset::Nothing,
+            is_all_frozen: preset == Preset::Nothing,
             unfreeze: self.unfreeze.clone(),
             freeze: self.freeze.clone(),
         })
@@ -193,7 +194,7 @@ mod tests {
 
     /// `expected` has a `t` for each trained name, in their order, and a `.` for each frozen one.
     fn check(trainable: &Trainable, config: &IdeficsConfig, expected: &str) {
-        let rules = trainable.rules(config).unwrap();
+        let rules = trainable.rules(config, Preset::Full).unwrap();
         let got: String = NAMES.iter().map(|name| if rules.is_trained(name) { 't' } else { '.' }).collect();
         assert_eq!(got, expected, "{trainable:?}");
     }
@@ -201,7 +202,7 @@ mod tests {
     #[test]
     fn presets_and_flags() {
         let config = IdeficsConfig::default();
-        let preset = |preset| Trainable { preset, ..Trainable::default() };
+        let preset = |preset| Trainable { preset: Some(preset), ..Trainable::default() };
         check(&preset(Preset::Full), &config, "ttttttt.tttttttt");
         check(&preset(Preset::FrozenBackbones), &config, ".t......t..tt..t");
         check(&preset(Preset::Nothing), &config, "................");
@@ -221,13 +222,13 @@ mod tests {
             freeze_vision_module_exceptions: vec!["LayerNorm".to_owned(), "Embedding".to_owned()],
             ..IdeficsConfig::default()
         };
-        let configured = Trainable { preset: Preset::Configured, ..Trainable::default() };
+        let configured = Trainable { preset: Some(Preset::Configured), ..Trainable::default() };
         check(&configured, &config, ".t..tt..t..tt.tt");
         let config = IdeficsConfig {
             freeze_text_module_exceptions: vec!["RMSNorm".to_owned()],
             ..IdeficsConfig::default()
         };
-        let error = configured.rules(&config).unwrap_err().to_string();
+        let error = configured.rules(&config, Preset::Full).unwrap_err().to_string();
         assert!(error.contains("freeze_text_module_exceptions") && error.contains("RMSNorm"), "{error}");
     }
 
@@ -235,7 +236,7 @@ mod tests {
     fn patterns_have_the_last_word() {
         let pattern = |parts: &[&str]| parts.iter().map(|&part| part.to_owned()).collect();
         let trainable = Trainable {
-            preset: Preset::Nothing,
+            preset: Some(Preset::Nothing),
             unfreeze: vec![pattern(&["model.layers", "q_proj"]), pattern(&["alpha_"])],
             ..Trainable::default()
         };

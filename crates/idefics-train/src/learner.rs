@@ -63,9 +63,12 @@ impl Learner {
         self.parameters.zero_gradients();
         let mut loss = LossSum::default();
         for (pass, batch) in passes.iter().enumerate() {
-            self.parameters.set_draw(step, pass as u64);
             // A model is made for each pass: it is cheap, and it is gone before the weights move.
-            loss.add(&self.model()?.accumulate_gradients(batch, &options)?);
+            let weights = self.parameters.learning(step, pass as u64);
+            let model = Model::new(self.config.clone(), weights, self.ctx);
+            let sum = model.and_then(|model| model.accumulate_gradients(batch, &options));
+            self.parameters.rest();
+            loss.add(&sum?);
         }
         Ok(Gradients { loss, norm: self.parameters.gradient_norm() })
     }

@@ -7,14 +7,17 @@
 use std::collections::BTreeMap;
 
 use idefics::{
+    adapter::Factors,
     checkpoint::{DType, LinearWeight, Weight, Weights},
     model::WeightSource,
-    ops::Gradient,
+    ops::{Gradient, LowRank},
 };
 
 use crate::{
+    adapter::LoraLayer,
     error::TrainError,
     optim::{AdamW, Decay, Moments, Update, decays, round_to_bf16, sum_of_squares},
+    rng::mix,
 };
 
 /// A weight that is trained.
@@ -49,8 +52,20 @@ pub struct Parameters {
     trained: BTreeMap<String, Parameter>,
     /// Heads that are the embeddings.
     is_tied: bool,
+    /// Factors beside linear layers, by the names of these. Their numbers are among the trained ones.
+    lora: BTreeMap<String, FactorNames>,
     /// Step and pass, for dropout.
     draw: [u64; 2],
+    /// Whether models that are made now drop inputs.
+    is_learning: bool,
+}
+
+/// Factors beside one linear layer.
+struct FactorNames {
+    a: String,
+    b: String,
+    scale: f32,
+    dropout: f32,
 }
 
 /// Names of heads and of the embeddings that they are where they are tied.
@@ -63,16 +78,15 @@ impl Parameter {
     /// A weight that will move, as it is stored.
     fn new(name: &str, stored: &Weight, precision: Precision) -> Self {
         let values = stored.to_f32_vec();
-        let dtype = match (precision, stored.dtype()) {
-            (Precision::Bf16, _) | (Precision::Auto, DType::Bf16) => DType::Bf16,
-            _ => DType::F32,
-        };
+        let is_bf16 =
+            precision == Precision::Bf16 || (precision == Precision::Auto && stored.dtype() == DType::Bf16);
         let decay = if decays(name) { Decay::Yes } else { Decay::No };
         let (gradient, moments) = (Gradient::new(values.len()), Moments::new(values.len()));
         let shape = stored.shape().to_vec();
-        let (weight, master) = match dtype {
-            DType::Bf16 => (Weight::from_f32(values.clone(), shape).to_dtype(DType::Bf16), Some(values)),
-            _ => (Weight::from_f32(values, shape), None),
+        let (weight, master) = if is_bf16 {
+            (Weight::from_f32(values.clone(), shape).to_dtype(DType::Bf16), Some(values))
+        } else {
+            (Weight::from_f32(values, shape), None)
         };
         Self { weight, master, gradient, moments, decay }
     }
@@ -84,7 +98,10 @@ impl Parameter {
 
     /// The numbers that the optimiser moves.
     pub fn values(&self) -> &[f32] {
-        self.master.as_deref().or_else(|| self.weight.as_f32()).expect("a weight without a master is f32")
+        let Some(values) = self.master.as_deref().or_else(|| self.weight.as_f32()) else {
+            unreachable!("a weight without a master is f32")
+        };
+        values
     }
 
     /// The sum of the gradients so far.
@@ -107,18 +124,26 @@ impl Parameter {
         self.weight.is_empty()
     }
 
+    /// Whether the model reads something coarser than what the optimiser moves.
+    pub(crate) fn is_rounded(&self) -> bool {
+        self.master.is_some()
+    }
+
+    /// Bytes of numbers, master, gradient and moments.
+    pub fn num_bytes(&self) -> u64 {
+        let of_f32 = 3 + u64::from(self.is_rounded());
+        self.weight.bytes().len() as u64 + of_f32 * 4 * self.len() as u64
+    }
+
     fn update(&mut self, update: &Update) -> Result<(), SharedWeight> {
         let gradient = self.gradient.lock();
-        match &mut self.master {
-            Some(master) => {
-                let rounded = self.weight.as_bf16_mut().ok_or(SharedWeight)?;
-                update.apply(master, &gradient, &mut self.moments, self.decay);
-                round_to_bf16(master, rounded);
-            }
-            None => {
-                let values = self.weight.as_f32_mut().ok_or(SharedWeight)?;
-                update.apply(values, &gradient, &mut self.moments, self.decay);
-            }
+        if let Some(master) = &mut self.master {
+            let rounded = self.weight.as_bf16_mut().ok_or(SharedWeight)?;
+            update.apply(master, &gradient, &mut self.moments, self.decay);
+            round_to_bf16(master, rounded);
+        } else {
+            let values = self.weight.as_f32_mut().ok_or(SharedWeight)?;
+            update.apply(values, &gradient, &mut self.moments, self.decay);
         }
         Ok(())
     }
@@ -164,7 +189,48 @@ impl Parameters {
             trained.insert(name.clone(), Parameter::new(&name, &stored, precision));
             stored.release_pages();
         }
-        Ok(Self { frozen: weights, trained, is_tied, draw: [0; 2] })
+        Ok(Self {
+            frozen: weights,
+            trained,
+            is_tied,
+            lora: BTreeMap::new(),
+            draw: [0; 2],
+            is_learning: false,
+        })
+    }
+
+    /// The same with low-rank factors beside some layers, which are trained, too. In training they do not see that
+    /// share of their inputs, `dropout`.
+    #[must_use]
+    pub fn with_lora(mut self, layers: &[LoraLayer], dropout: f32) -> Self {
+        for layer in layers {
+            let (a, b, scale) = (layer.a_name(), layer.b_name(), layer.factors.scale);
+            for (name, factor) in [(&a, &layer.factors.a), (&b, &layer.factors.b)] {
+                self.trained.insert(name.clone(), Parameter::new(name, factor, Precision::F32));
+            }
+            self.lora.insert(layer.module.clone(), FactorNames { a, b, scale, dropout });
+        }
+        self
+    }
+
+    /// The factors as they are now.
+    pub fn lora_layers(&self) -> Vec<LoraLayer> {
+        let layer = |(module, names): (&String, &FactorNames)| LoraLayer {
+            module: module.clone(),
+            factors: Factors {
+                a: self.trained[&names.a].weight.clone(),
+                b: self.trained[&names.b].weight.clone(),
+                scale: names.scale,
+            },
+        };
+        self.lora.iter().map(layer).collect()
+    }
+
+    /// Weights of the model itself that are trained although there are factors.
+    pub fn replaced(&self) -> Vec<(String, Weight)> {
+        let is_factor = |name: &str| self.lora.values().any(|names| names.a == name || names.b == name);
+        let own = self.trained.iter().filter(|(name, _)| !is_factor(name));
+        own.map(|(name, parameter)| (name.clone(), parameter.weight.clone())).collect()
     }
 
     /// The weights that move, in the order of their names.
@@ -186,6 +252,11 @@ impl Parameters {
         self.trained.values().map(Parameter::len).sum()
     }
 
+    /// Whether there are factors beside the weights.
+    pub fn has_lora(&self) -> bool {
+        !self.lora.is_empty()
+    }
+
     /// Whether the heads are the embeddings, and are not saved beside them.
     pub fn is_tied_head(&self, name: &str) -> bool {
         self.is_tied && TIED.iter().any(|(head, _)| *head == name)
@@ -196,9 +267,15 @@ impl Parameters {
         self.trained.values().for_each(|parameter| parameter.gradient.zero());
     }
 
-    /// Says which draws dropout makes next.
-    pub fn set_draw(&mut self, step: u64, pass: u64) {
-        self.draw = [step, pass];
+    /// Lends weights to a model that learns: with dropout, whose draws are those of a step's pass.
+    pub(crate) fn learning(&mut self, step: u64, pass: u64) -> &Self {
+        (self.draw, self.is_learning) = ([step, pass], true);
+        self
+    }
+
+    /// Ends what [`learning`](Self::learning) began.
+    pub(crate) fn rest(&mut self) {
+        self.is_learning = false;
     }
 
     /// The norm of all gradients as one vector.
@@ -229,18 +306,30 @@ impl Parameters {
 impl WeightSource for Parameters {
     fn weight(&self, name: &str) -> Option<Weight> {
         let name = self.own_name(name);
-        match self.trained.get(name) {
-            Some(parameter) => Some(parameter.weight.clone()),
-            None => self.frozen.weight(name),
-        }
+        let trained = self.trained.get(name).map(|parameter| parameter.weight.clone());
+        trained.or_else(|| self.frozen.weight(name))
     }
 
     fn linear_weight(&self, name: &str) -> Option<LinearWeight> {
         let own = self.own_name(name);
-        match self.trained.get(own) {
-            Some(parameter) => Some(parameter.weight.clone().into()),
-            None => self.frozen.linear_weight(own),
-        }
+        let trained = self.trained.get(own).map(|parameter| parameter.weight.clone().into());
+        trained.or_else(|| self.frozen.linear_weight(own))
+    }
+
+    fn low_rank(&self, name: &str) -> Vec<LowRank> {
+        let Some(names) = self.lora.get(name) else { return Vec::new() };
+        let (a, b) = (&self.trained[&names.a], &self.trained[&names.b]);
+        let [step, pass] = self.draw;
+        let letters: Vec<u64> = name.bytes().map(u64::from).collect();
+        vec![LowRank {
+            a: a.weight.clone(),
+            b: b.weight.clone(),
+            scale: names.scale,
+            dropout: if self.is_learning { names.dropout } else { 0.0 },
+            dropout_seed: mix(&[step, pass, mix(&letters)]),
+            a_gradient: Some(a.gradient.clone()),
+            b_gradient: Some(b.gradient.clone()),
+        }]
     }
 
     fn gradient(&self, name: &str) -> Option<Gradient> {

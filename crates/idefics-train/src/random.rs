@@ -27,7 +27,7 @@ impl Stream {
 
     /// `n` values of the normal distribution with mean 0.
     pub fn normal(self, n: usize, std: f64) -> Vec<f32> {
-        self.fill(n, |index, pair| {
+        fill(n, |index, pair| {
             // Box and Muller, 1958.
             let radius = std * (-2.0 * libm::log(self.unit(2 * index))).sqrt();
             let (sine, cosine) = libm::sincos(std::f64::consts::TAU * self.unit(2 * index + 1));
@@ -40,22 +40,11 @@ impl Stream {
 
     /// `n` values between `-bound` and `bound`.
     pub fn uniform(self, n: usize, bound: f64) -> Vec<f32> {
-        self.fill(n, |index, pair| {
+        fill(n, |index, pair| {
             for (offset, value) in pair.iter_mut().enumerate() {
                 *value = (bound * (2.0 * self.unit(2 * index + offset as u64) - 1.0)) as f32;
             }
         })
-    }
-
-    /// `pair` is called for each two values, or for the last one, with the number of the pair.
-    fn fill(self, n: usize, pair: impl Fn(u64, &mut [f32]) + Sync) -> Vec<f32> {
-        let mut values = vec![0.0; n];
-        values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-            for (index, values) in values.chunks_mut(2).enumerate() {
-                pair((chunk * CHUNK / 2 + index) as u64, values);
-            }
-        });
-        values
     }
 
     /// Number `index` of the stream, above 0 and at most 1.
@@ -63,6 +52,17 @@ impl Stream {
         let bits = mix(self.key ^ mix(index)) >> 11;
         (bits + 1) as f64 / (1_u64 << 53) as f64
     }
+}
+
+/// `pair` is called for each two values, or for the last one, with the number of the pair.
+fn fill(n: usize, pair: impl Fn(u64, &mut [f32]) + Sync) -> Vec<f32> {
+    let mut values = vec![0.0; n];
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        for (index, values) in values.chunks_mut(2).enumerate() {
+            pair((chunk * CHUNK / 2 + index) as u64, values);
+        }
+    });
+    values
 }
 
 /// The finaliser of splitmix64 after one step of its counter.

@@ -13,12 +13,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use idefics::checkpoint::{Checkpoint, CheckpointWriter, DType, TensorSpec, WriteError, expected_tensors};
-use safetensors::{Dtype, SafeTensors, View};
+use idefics::{
+    adapter::LoraConfig,
+    checkpoint::{Checkpoint, CheckpointWriter, DType, TensorSpec, Weights, WriteError, expected_tensors},
+};
+use safetensors::{Dtype, View, tensor::Metadata};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     TrainError,
+    adapter::write_adapter_files,
     error::io_error,
     optim::Moments,
     packing::Position,
@@ -42,6 +46,8 @@ pub struct RunState {
     pub step: u64,
     /// All steps of the run.
     pub total_steps: u64,
+    /// What the data was.
+    pub data: DataIdentity,
     /// The place in the data.
     pub position: Position,
     /// Tokens that were read.
@@ -60,6 +66,17 @@ pub struct RunState {
     pub evaluations_since_best: u64,
 }
 
+/// What the order of samples follows from. A place means something in the same data alone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DataIdentity {
+    /// Of the shuffles.
+    pub seed: u64,
+    /// Share that is held out.
+    pub held_out: f64,
+    /// Samples of each source.
+    pub samples: Vec<u64>,
+}
+
 /// The lowest evaluation so far.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Best {
@@ -71,11 +88,12 @@ pub struct Best {
 
 impl RunState {
     /// The state of a run that begins.
-    pub fn new(total_steps: u64, position: Position) -> Self {
+    pub fn new(total_steps: u64, data: DataIdentity, position: Position) -> Self {
         Self {
             version: VERSION,
             step: 0,
             total_steps,
+            data,
             position,
             tokens: 0,
             images: 0,
@@ -88,10 +106,24 @@ impl RunState {
     }
 }
 
-/// Writes a checkpoint of a run into its output directory; `source` is the model that the run began with.
+/// What a run makes.
+#[derive(Debug, Clone, Copy)]
+pub enum Product<'a> {
+    /// A model, of the one that the run began with.
+    Model(&'a Checkpoint),
+    /// An adapter for that model, in PEFT's layout.
+    Adapter {
+        /// What kind of adapter.
+        lora: &'a LoraConfig,
+        /// How the model is called.
+        base_model: &'a str,
+    },
+}
+
+/// Writes a checkpoint of a run into its output directory.
 pub fn save(
     output: &Path,
-    source: &Checkpoint,
+    product: Product<'_>,
     parameters: &Parameters,
     state: &RunState,
 ) -> Result<PathBuf, TrainError> {
@@ -100,28 +132,41 @@ pub fn save(
         remove(&path)?;
     }
     let writer = CheckpointWriter::create(&path)?;
-    write_model(&writer, source, parameters)?;
+    product.write(&writer, parameters)?;
     let folder = writer.directory().join(FOLDER);
     fs::create_dir(&folder).map_err(io_error("create", &folder))?;
     let optimizer = folder.join(OPTIMIZER);
     write_optimizer(&optimizer, parameters)?;
     writer.write_json(
         &format!("{FOLDER}/{STATE}"),
-        &serde_json::to_value(state).expect("the state is made of numbers and texts"),
+        &serde_json::to_value(state)
+            .map_err(|error| TrainError::State { path: path.clone(), reason: error.to_string() })?,
     )?;
     sync(&folder)?;
     Ok(writer.finish()?)
 }
 
-/// Writes the model alone, as the result of a run.
-pub fn save_model(path: &Path, source: &Checkpoint, parameters: &Parameters) -> Result<(), TrainError> {
+/// Writes the result of a run, without what a run needs to go on.
+pub fn save_result(path: &Path, product: Product<'_>, parameters: &Parameters) -> Result<(), TrainError> {
     if path.exists() {
         remove(path)?;
     }
     let writer = CheckpointWriter::create(path)?;
-    write_model(&writer, source, parameters)?;
+    product.write(&writer, parameters)?;
     writer.finish()?;
     Ok(())
+}
+
+impl Product<'_> {
+    fn write(self, writer: &CheckpointWriter, parameters: &Parameters) -> Result<(), TrainError> {
+        match self {
+            Self::Model(source) => write_model(writer, source, parameters),
+            Self::Adapter { lora, base_model } => {
+                let (layers, replaced) = (parameters.lora_layers(), parameters.replaced());
+                Ok(write_adapter_files(writer, lora, base_model, &layers, &replaced)?)
+            }
+        }
+    }
 }
 
 fn write_model(
@@ -139,7 +184,10 @@ fn write_model(
         })
         .collect();
     writer.write_weights(&specs, |spec| -> Result<_, WriteError> {
-        Ok(parameters.weight(&spec.name).expect("the weights of the list are there"))
+        let Some(weight) = parameters.weight(&spec.name) else {
+            unreachable!("the list was made of weights")
+        };
+        Ok(weight)
     })?;
     writer.copy_side_files(&source.directory)?;
     let bytes = |dtype: DType| -> u64 {
@@ -195,13 +243,18 @@ fn write_optimizer(path: &Path, parameters: &Parameters) -> Result<(), TrainErro
         let moments = parameter.moments();
         tensors.push((format!("first.{name}"), Numbers::new(&moments.first)));
         tensors.push((format!("second.{name}"), Numbers::new(&moments.second)));
-        if parameter.is_rounded() {
+        if is_apart(parameters.has_lora(), parameter) {
             tensors.push((format!("value.{name}"), Numbers::new(parameter.values())));
         }
     }
     safetensors::serialize_to_file(tensors, None, path)
         .map_err(|error| io_error("write", path)(std::io::Error::other(error)))?;
     File::open(path).and_then(|file| file.sync_all()).map_err(io_error("write", path))
+}
+
+/// Whether the numbers of a weight lie beside the moments: a model in `f32` has them itself.
+fn is_apart(has_lora: bool, parameter: &Parameter) -> bool {
+    has_lora || parameter.is_rounded()
 }
 
 /// The checkpoints of a run, oldest first.
@@ -250,17 +303,18 @@ pub fn restore(path: &Path, parameters: &mut Parameters) -> Result<RunState, Tra
     if state.version != VERSION {
         return Err(bad(format!("written by version {}, expected {VERSION}", state.version)));
     }
-    let model = Checkpoint::open(path)?;
+    let model = if parameters.has_lora() { Weights::default() } else { Checkpoint::open(path)?.weights };
+    let has_lora = parameters.has_lora();
     let mut file = TensorFile::open(&path.join(FOLDER).join(OPTIMIZER))?;
     let mut expected = 0;
     for (name, parameter) in parameters.trained_mut() {
         let mut read = |kind: &str| file.read(&format!("{kind}.{name}"), parameter.len());
         let moments = Moments { first: read("first")?, second: read("second")? };
-        let values = if parameter.is_rounded() {
+        let values = if is_apart(has_lora, parameter) {
             expected += 1;
             read("value")?
         } else {
-            let weight = model.weights.get(name).ok_or_else(|| bad(format!("there is no {name}")))?;
+            let weight = model.get(name).ok_or_else(|| bad(format!("there is no {name}")))?;
             weight.to_f32_vec()
         };
         expected += 2;
@@ -293,13 +347,14 @@ impl TensorFile {
         let mut file = File::open(path).map_err(&io)?;
         let mut header = vec![0; 8];
         file.read_exact(&mut header).map_err(&io)?;
-        let length = u64::from_le_bytes(header[..8].try_into().expect("eight bytes were read"));
+        let length = header.iter().rev().fold(0, |length, &byte| (length << 8) | u64::from(byte));
         if length > MAX_HEADER {
             return Err(bad("its header is too long"));
         }
         header.resize(8 + length as usize, 0);
         file.read_exact(&mut header[8..]).map_err(&io)?;
-        let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|error| bad(&error.to_string()))?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header[8..]).map_err(|error| bad(&error.to_string()))?;
         let tensors = metadata
             .tensors()
             .into_iter()
@@ -334,11 +389,4 @@ fn sync(directory: &Path) -> Result<(), TrainError> {
     File::open(directory).and_then(|file| file.sync_all()).map_err(io_error("sync", directory))?;
     let _ = directory;
     Ok(())
-}
-
-impl Parameter {
-    /// Whether the model reads something coarser than what the optimiser moves.
-    fn is_rounded(&self) -> bool {
-        self.weight().dtype() != DType::F32
-    }
 }

@@ -15,35 +15,48 @@ use std::{
 
 use idefics::{
     ComputeType, Prompt, Segment,
+    adapter::{Adapter, LoraConfig},
     checkpoint::{Checkpoint, DType, Weights},
+    config::IdeficsConfig,
     generate::{GenerationConfig, generate},
     model::TrainingSequence,
     ops::{Compute, Context, Isa, LossSum},
     processor::{AddEndOfUtterance, ImageSource, ProcessOptions, Processor},
+    quantize::quantize_weights,
 };
 
 use crate::{
     TrainError,
+    adapter::{LoraLayer, new_layers},
     check::DataReport,
-    config::{PromptPart, TrainConfig},
+    config::{LoraOptions, PromptPart, TrainConfig},
     data::{Address, DataError, Encoder, Loader, Mixture, SampleError, Share, SourceConfig, load},
     error::io_error,
+    freeze::Preset,
     learner::{Gradients, Learner, StepRules},
-    metrics::{EvaluationRecord, Metrics, Record, SkipRecord, StepRecord},
+    memory::{Prediction, Workload},
+    metrics::{self, EvaluationRecord, Metrics, Record, SkipRecord, StepRecord},
     parameters::Parameters,
+    plot::write_curves,
     schedule::Schedule,
     spikes::Spike,
-    state::{self, Best, RunState},
+    state::{self, Best, DataIdentity, Product, RunState},
     stream::BatchStream,
+    tensorboard::EventFile,
 };
 
 /// Rollbacks without a new checkpoint after which a run gives up.
 const MAX_ROLLBACKS: u64 = 3;
 const METRICS_FILE: &str = "metrics.jsonl";
 const SAMPLES_FILE: &str = "samples.jsonl";
+const EVENTS_FOLDER: &str = "tensorboard";
+/// The picture of a run's curves.
+pub const CURVES_FILE: &str = "curves.png";
 const BROKEN_FILE: &str = "broken.jsonl";
 /// Where the result of a run lies in its output directory.
 pub const MODEL_FOLDER: &str = "model";
+/// Where it lies if it is an adapter.
+pub const ADAPTER_FOLDER: &str = "adapter";
 
 /// What happens in a run, for whoever shows it.
 #[derive(Debug)]
@@ -103,15 +116,18 @@ pub struct Trainer {
     config: TrainConfig,
     /// The model that the run began with, without its weights.
     source: Checkpoint,
+    lora: Option<Lora>,
     processor: Processor,
     learner: Learner,
     schedule: Schedule,
     stream: BatchStream,
     state: RunState,
     metrics: Metrics,
+    events: EventFile,
     evaluation: Vec<TrainingSequence>,
     prompts: Vec<idefics::SequenceInputs>,
     report: DataReport,
+    memory: Prediction,
     longest: Vec<TrainingSequence>,
     rollbacks: u64,
 }
@@ -133,8 +149,7 @@ impl Trainer {
         let processor = Processor::from_pretrained(directory)?;
         let mut source = Checkpoint::open(directory)?;
         check_fit(&config, &source, &processor)?;
-        let base = Path::new("");
-        let mixture = mixture(&config.data, config.evaluation.held_out, config.seed, base)?;
+        let mixture = mixture(&config.data, config.evaluation.held_out, config.seed)?;
         let encoder = Encoder::new(processor.clone(), config.sequence, config.augment, config.seed);
         let report = DataReport::new(&mixture, &encoder, config.loading.check);
         check_broken(&report, config.loading.max_broken)?;
@@ -143,25 +158,36 @@ impl Trainer {
 
         let ctx = context(&config, &source.weights);
         let weights = std::mem::take(&mut source.weights);
-        let mut parameters = make_parameters(&config, &source, weights)?;
+        let lora =
+            config.lora.as_ref().map(|lora| Lora::new(lora, &source.config, config.seed)).transpose()?;
+        let longest = longest(&config, &mixture, &encoder, &report);
+        let memory = predict(&config, &source, &weights, lora.as_ref(), &longest)?;
+        memory.check()?;
+        let mut parameters = make_parameters(&config, &source, weights, lora.as_ref())?;
         let limit = config.run.epochs.map(|epochs| (epochs * mixture.num_samples() as f64).ceil());
         let total_steps =
             config.run.steps.unwrap_or_else(|| report.steps_for(limit.unwrap_or_default(), &config.batch));
-        let longest = longest(&config, &mixture, &encoder, &report)?;
+        let data = DataIdentity {
+            seed: config.seed,
+            held_out: config.evaluation.held_out,
+            samples: mixture.source_sizes(),
+        };
         let loader = Loader::new(mixture, encoder, config.loading.threads, config.loading.ahead)?;
         let limit = limit.map(|limit| limit as u64);
         let mut stream = BatchStream::new(loader, config.batch, limit, config.loading.max_broken);
         let state = match (start, checkpoints.last()) {
             (Start::Resume, Some((_, path))) => {
                 let mut state = state::restore(path, &mut parameters)?;
+                check_data(path, &state.data, &data)?;
                 stream.seek(&state.position)?;
                 state.total_steps = total_steps;
                 state
             }
-            _ => RunState::new(total_steps, stream.position()),
+            _ => RunState::new(total_steps, data, stream.position()),
         };
         std::fs::create_dir_all(&config.output).map_err(io_error("create", &config.output))?;
         let metrics = Metrics::open(&config.output.join(METRICS_FILE), state.step)?;
+        let events = EventFile::create(&config.output.join(EVENTS_FOLDER), state.step)?;
         let optimizer = &config.optimizer;
         let rules = StepRules {
             adamw: optimizer.adamw(),
@@ -180,14 +206,17 @@ impl Trainer {
             config,
             learner: Learner { parameters, config: source.config.clone(), ctx, rules },
             source,
+            lora,
             processor,
             schedule,
             stream,
             state,
             metrics,
+            events,
             evaluation,
             prompts,
             report,
+            memory,
             longest,
             rollbacks: 0,
         })
@@ -196,6 +225,11 @@ impl Trainer {
     /// What was found in the data.
     pub fn data_report(&self) -> &DataReport {
         &self.report
+    }
+
+    /// The memory that the run will need.
+    pub fn memory(&self) -> &Prediction {
+        &self.memory
     }
 
     /// The weights.
@@ -280,6 +314,8 @@ impl Trainer {
         if saved_at != Some(step) && step > 0 {
             self.save(on_event)?;
         }
+        let records = metrics::read(&self.config.output.join(METRICS_FILE))?;
+        write_curves(&self.config.output.join(CURVES_FILE), &records)?;
         let model = if end == End::Interrupted { None } else { Some(self.save_result()?) };
         let total_steps = self.state.total_steps;
         Ok(Summary { end, step, total_steps, evaluation: last_evaluation, model })
@@ -333,7 +369,7 @@ impl Trainer {
             let record = SkipRecord { step, reason };
             self.state.skipped_steps += 1;
             on_event(Event::Skipped(&record));
-            self.metrics.write(&Record::Skip(record))?;
+            self.record(&Record::Skip(record))?;
             return Ok(false);
         }
         let learning_rate = self.schedule.rate(self.state.step);
@@ -358,7 +394,7 @@ impl Trainer {
         self.state.tokens += record.tokens;
         self.state.images += record.images;
         on_event(Event::Step(&record));
-        self.metrics.write(&Record::Step(record))?;
+        self.record(&Record::Step(record))?;
         Ok(true)
     }
 
@@ -372,13 +408,14 @@ impl Trainer {
             return Err(TrainError::Diverged { rollbacks: MAX_ROLLBACKS, step: self.state.step });
         }
         let position = self.state.position.clone();
-        let mut state = match state::list(&self.config.output).last() {
-            Some((_, path)) => state::restore(path, &mut self.learner.parameters)?,
-            None => {
-                let weights = Checkpoint::open(&self.source.directory)?.weights;
-                self.learner.parameters = make_parameters(&self.config, &self.source, weights)?;
-                RunState::new(self.state.total_steps, position.clone())
-            }
+        let mut state = if let Some((_, path)) = state::list(&self.config.output).last() {
+            state::restore(path, &mut self.learner.parameters)?
+        } else {
+            // Before the first checkpoint the last good weights are those of the beginning.
+            let weights = Checkpoint::open(&self.source.directory)?.weights;
+            self.learner.parameters =
+                make_parameters(&self.config, &self.source, weights, self.lora.as_ref())?;
+            RunState::new(self.state.total_steps, self.state.data.clone(), position.clone())
         };
         // The data goes on; the weights and what is known of them are the old ones.
         state.position = position;
@@ -388,6 +425,7 @@ impl Trainer {
         state.spikes.in_a_row = 0;
         self.state = state;
         self.metrics = Metrics::open(&self.config.output.join(METRICS_FILE), self.state.step)?;
+        self.events = EventFile::create(&self.config.output.join(EVENTS_FOLDER), self.state.step)?;
         on_event(Event::RolledBack { step: self.state.step });
         Ok(())
     }
@@ -411,7 +449,7 @@ impl Trainer {
             self.state.evaluations_since_best += 1;
         }
         on_event(Event::Evaluated(&record));
-        self.metrics.write(&Record::Evaluation(record))?;
+        self.record(&Record::Evaluation(record))?;
         Ok(record)
     }
 
@@ -460,7 +498,7 @@ impl Trainer {
     }
 
     fn save(&mut self, on_event: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
-        let path = state::save(&self.config.output, &self.source, &self.learner.parameters, &self.state)?;
+        let path = state::save(&self.config.output, self.product(), &self.learner.parameters, &self.state)?;
         let best = self.state.best.map(|best| best.step);
         state::prune(&self.config.output, self.config.checkpoints.keep, best)?;
         self.rollbacks = 0;
@@ -468,10 +506,23 @@ impl Trainer {
         Ok(())
     }
 
+    fn record(&mut self, record: &Record) -> Result<(), TrainError> {
+        self.metrics.write(record)?;
+        self.events.record(record)
+    }
+
     fn save_result(&self) -> Result<PathBuf, TrainError> {
-        let path = self.config.output.join(MODEL_FOLDER);
-        state::save_model(&path, &self.source, &self.learner.parameters)?;
+        let folder = if self.lora.is_some() { ADAPTER_FOLDER } else { MODEL_FOLDER };
+        let path = self.config.output.join(folder);
+        state::save_result(&path, self.product(), &self.learner.parameters)?;
         Ok(path)
+    }
+
+    fn product(&self) -> Product<'_> {
+        match &self.lora {
+            Some(lora) => Product::Adapter { lora: &lora.config, base_model: &self.config.model },
+            None => Product::Model(&self.source),
+        }
     }
 }
 
@@ -484,6 +535,15 @@ fn check_output(output: &Path, start: Start, found: &[(u64, PathBuf)]) -> Result
         _ => return Ok(()),
     };
     Err(TrainError::Output { path: output.to_owned(), reason: reason.to_owned() })
+}
+
+/// Refuses to take up a place in other data than it was in.
+fn check_data(path: &Path, before: &DataIdentity, now: &DataIdentity) -> Result<(), TrainError> {
+    if before == now {
+        return Ok(());
+    }
+    let reason = format!("the data has changed since: it was {before:?}, and is {now:?}");
+    Err(TrainError::State { path: path.to_owned(), reason })
 }
 
 fn check_fit(config: &TrainConfig, source: &Checkpoint, processor: &Processor) -> Result<(), TrainError> {
@@ -511,7 +571,9 @@ fn check_broken(report: &DataReport, max_broken: f64) -> Result<(), TrainError> 
     }
 }
 
-fn mixture(sources: &[SourceConfig], held_out: f64, seed: u64, base: &Path) -> Result<Mixture, DataError> {
+fn mixture(sources: &[SourceConfig], held_out: f64, seed: u64) -> Result<Mixture, DataError> {
+    // Paths begin where the command runs.
+    let base = Path::new("");
     let share = |config: &SourceConfig| {
         Ok(Share { source: config.open(base)?, weight: config.weight, shuffle: config.shuffle })
     };
@@ -540,7 +602,7 @@ fn evaluation_set(
     };
     take(training, &held_out.iter().copied().step_by(stride).collect::<Vec<_>>());
     if !config.evaluation.data.is_empty() {
-        let mut mixture = mixture(&config.evaluation.data, 0.0, config.seed, Path::new(""))?;
+        let mut mixture = mixture(&config.evaluation.data, 0.0, config.seed)?;
         let count = mixture.num_samples().min(most as u64);
         let addresses: Vec<Address> = (0..count).map(|_| mixture.advance()).collect();
         take(&mixture, &addresses);
@@ -555,12 +617,12 @@ fn longest(
     mixture: &Mixture,
     encoder: &Encoder,
     report: &DataReport,
-) -> Result<Vec<TrainingSequence>, TrainError> {
-    let Some((address, tokens, images)) = report.longest else { return Ok(Vec::new()) };
-    let Ok(sequences) = load(encoder, &**mixture.source(address), address) else { return Ok(Vec::new()) };
+) -> Vec<TrainingSequence> {
+    let Some((address, tokens, images)) = report.longest else { return Vec::new() };
+    let Ok(sequences) = load(encoder, &**mixture.source(address), address) else { return Vec::new() };
     let size = |sequence: &TrainingSequence| (sequence.token_ids.len(), sequence.images.len());
     let Some(sequence) = sequences.into_iter().find(|sequence| size(sequence) == (tokens, images)) else {
-        return Ok(Vec::new());
+        return Vec::new();
     };
     let mut copies = config.batch.tokens / tokens.max(1);
     if let Some(limit) = config.batch.images.checked_div(images) {
@@ -572,7 +634,7 @@ fn longest(
         images: sequence.images.iter().map(|image| Arc::new((**image).clone())).collect(),
         ..sequence.clone()
     };
-    Ok((0..copies).map(copy).collect())
+    (0..copies).map(copy).collect()
 }
 
 fn prompts(config: &TrainConfig, processor: &Processor) -> Result<Vec<idefics::SequenceInputs>, TrainError> {
@@ -591,29 +653,83 @@ fn context(config: &TrainConfig, weights: &Weights) -> Context {
     let bytes = |is: fn(DType) -> bool| -> usize {
         weights.iter().filter(|(_, weight)| is(weight.dtype())).map(|(_, weight)| weight.len()).sum()
     };
-    let compute = match config.run.compute.into() {
-        ComputeType::F32 => Compute::F32,
-        ComputeType::Bf16 => Compute::Bf16,
-        ComputeType::Auto if bytes(|dtype| dtype == DType::Bf16) > bytes(|dtype| dtype != DType::Bf16) => {
-            Compute::Bf16
-        }
-        ComputeType::Auto => Compute::F32,
+    let is_bf16 = match config.run.compute.into() {
+        ComputeType::F32 => false,
+        ComputeType::Bf16 => true,
+        ComputeType::Auto => bytes(|dtype| dtype == DType::Bf16) > bytes(|dtype| dtype != DType::Bf16),
     };
+    let compute = if is_bf16 { Compute::Bf16 } else { Compute::F32 };
     Context { isa: Isa::best(), compute }
 }
 
+fn predict(
+    config: &TrainConfig,
+    source: &Checkpoint,
+    weights: &Weights,
+    lora: Option<&Lora>,
+    longest: &[TrainingSequence],
+) -> Result<Prediction, TrainError> {
+    let rules = config.trainable.rules(&source.config, default_preset(lora))?;
+    Ok(Prediction::new(&Workload {
+        config,
+        model: &source.config,
+        weights,
+        is_trained: &|name| rules.is_trained(name),
+        lora: lora.map_or(&[], |lora| &lora.layers),
+        tokens: longest.iter().map(|sequence| sequence.token_ids.len()).sum(),
+        images: longest.iter().map(|sequence| sequence.images.len()).sum(),
+    }))
+}
+
+/// What is trained where the configuration says nothing.
+fn default_preset(lora: Option<&Lora>) -> Preset {
+    if lora.is_some() { Preset::Nothing } else { Preset::Full }
+}
+
+/// The weights of a run before its first step.
 fn make_parameters(
     config: &TrainConfig,
     source: &Checkpoint,
-    weights: Weights,
+    mut weights: Weights,
+    lora: Option<&Lora>,
 ) -> Result<Parameters, TrainError> {
-    let rules = config.trainable.rules(&source.config)?;
+    let rules = config.trainable.rules(&source.config, default_preset(lora))?;
     let is_tied = source.config.tie_word_embeddings;
-    let parameters = Parameters::new(weights, is_tied, config.run.precision, |name| rules.is_trained(name))?;
+    if let Some(options) = &config.quantize {
+        quantize_weights(&mut weights, &options.recipe())?;
+    }
+    let mut parameters =
+        Parameters::new(weights, is_tied, config.run.precision, |name| rules.is_trained(name))?;
+    if let Some(lora) = lora {
+        parameters = parameters.with_lora(&lora.layers, lora.config.lora_dropout as f32);
+    }
     if parameters.num_trained() == 0 {
         return Err(TrainError::NothingTrained);
     }
     Ok(parameters)
+}
+
+/// Factors that a run begins with.
+struct Lora {
+    config: LoraConfig,
+    layers: Vec<LoraLayer>,
+}
+
+impl Lora {
+    fn new(options: &LoraOptions, model: &IdeficsConfig, seed: u64) -> Result<Self, TrainError> {
+        let Some(start) = &options.start else {
+            let config = options.to_peft();
+            let layers = new_layers(model, &config, seed)?;
+            return Ok(Self { config, layers });
+        };
+        let adapter = Adapter::open(start, model)?;
+        if let Some(name) = adapter.replaced.keys().next() {
+            return Err(TrainError::ReplacedStart { path: start.clone(), name: name.clone() });
+        }
+        let layer = |(module, factors)| LoraLayer { module, factors };
+        let layers = adapter.factors.into_iter().map(layer).collect();
+        Ok(Self { config: LoraConfig { lora_dropout: options.dropout, ..adapter.config }, layers })
+    }
 }
 
 fn append_line(path: &Path, value: &serde_json::Value) -> Result<(), TrainError> {

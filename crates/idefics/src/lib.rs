@@ -8,6 +8,7 @@ pub mod adapter;
 pub mod bench;
 pub mod checkpoint;
 pub mod config;
+pub mod dialogue;
 pub mod generate;
 pub mod model;
 pub mod ops;

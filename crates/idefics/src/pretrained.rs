@@ -95,7 +95,10 @@ impl Idefics {
         let ctx = Context { isa: options.isa.unwrap_or_else(Isa::best), compute };
         let adapters = Adapters::open(&options.adapters, &checkpoint.config)?;
         let weights = Adapted { weights: &checkpoint.weights, adapters: &adapters };
-        let model = Model::new(checkpoint.config, &weights, ctx)?.with_other_sizes(options.other_sizes);
+        let mut model = Model::new(checkpoint.config, &weights, ctx)?.with_other_sizes(options.other_sizes);
+        if let Some(resident_bytes) = resident_bytes(model.step_weight_bytes() as u64, available_memory()) {
+            model = model.with_read_ahead(resident_bytes);
+        }
         Ok(Self { model, generation_config: checkpoint.generation_config })
     }
 
@@ -172,6 +175,20 @@ impl StepModel for Idefics {
     }
 }
 
+/// How much of the weights may stay in memory, if not all of them can: three quarters of what is available; the rest
+/// is for what is read ahead, caches and activations.
+fn resident_bytes(weights: u64, available: Option<u64>) -> Option<u64> {
+    available.filter(|available| weights > available / 10 * 9).map(|available| available / 4 * 3)
+}
+
+/// Bytes that can be had without swapping, where the system tells.
+fn available_memory() -> Option<u64> {
+    let report = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = report.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
 /// bf16 if that is what most of the numbers are stored as that are not packed.
 fn compute_type_of(weights: &Weights) -> Compute {
     let elements = |of: fn(DType) -> bool| -> usize {
@@ -179,4 +196,21 @@ fn compute_type_of(weights: &Weights) -> Compute {
     };
     let bf16 = elements(|dtype| dtype == DType::Bf16);
     if bf16 > elements(|dtype| dtype != DType::Bf16) { Compute::Bf16 } else { Compute::F32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_that_fit_are_left_to_the_system() {
+        for (weights, available, expected) in [
+            (5, None, None),
+            (8 << 30, Some(10 << 30), None),
+            (10 << 30, Some(10 << 30), Some(15 << 29)),
+            (45 << 30, Some(20 << 30), Some(15 << 30)),
+        ] {
+            assert_eq!(resident_bytes(weights, available), expected, "{weights} of {available:?}");
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! Openclipart: drawings with the titles and keywords that their authors gave them.
 
+use std::path::Path;
+
 use anyhow::Result;
 
 use crate::{archive, fetch, steps::Folders};
@@ -37,7 +39,8 @@ pub(crate) fn drawings(folders: &Folders) -> Result<Vec<Drawing>> {
     let root = "usr/share/openclipart/svg/";
     let wanted = |name: &str| {
         let folder = name.strip_prefix(root).and_then(|rest| rest.split('/').next());
-        name.ends_with(".svg") && folder.is_some_and(|folder| FOLDERS.contains(&folder))
+        Path::new(name).extension().is_some_and(|extension| extension == "svg")
+            && folder.is_some_and(|folder| FOLDERS.contains(&folder))
     };
     let mut files: Vec<_> = archive::debian(&path, wanted)?.into_iter().collect();
     files.sort();

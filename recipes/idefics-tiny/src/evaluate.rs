@@ -181,7 +181,8 @@ impl Judge {
 
     fn answers(&self, batch: &[Item]) -> Result<Vec<String>> {
         let prompts: Vec<Prompt> = batch.iter().map(|item| item.prompt.clone()).collect();
-        let process = ProcessOptions { add_end_of_utterance: AddEndOfUtterance::Never, ..ProcessOptions::default() };
+        let process =
+            ProcessOptions { add_end_of_utterance: AddEndOfUtterance::Never, ..ProcessOptions::default() };
         let inputs = self.processor.process(&prompts, &process)?;
         let generated = self.model.generate_text(&self.processor, &inputs, &self.generation)?;
         let text = |index: usize| generated[index].sequences[0].text.clone().unwrap_or_default();
@@ -228,7 +229,7 @@ fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
     for (number, thing) in maker.things.all.iter().enumerate() {
         let mut rng = ChaCha8Rng::seed_from_u64(1000 + number as u64);
         let rng = &mut rng;
-        let scene = maker.alone(rng, thing, Variation::None)?;
+        let scene = Maker::alone(rng, thing, Variation::None)?;
         let ask = |rng: &mut ChaCha8Rng, kind| question(&maker, rng, thing, &scene, kind);
         items.extend(match task {
             Task::Name => Some(item(&scene, "What is this?", &thing.name)),
@@ -239,7 +240,7 @@ fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
             Task::Replaced | Task::ReplacedYesNo => {
                 let kind = if task == Task::Replaced { Question::Choice } else { Question::YesNo };
                 let other = maker.other(rng, &[thing]);
-                let shown = maker.alone(rng, other, Variation::None)?;
+                let shown = Maker::alone(rng, other, Variation::None)?;
                 ask(rng, kind).map(|(asked, told)| item(&shown, &asked, &told))
             }
             Task::SecondTurn => Some(second_turn(&scene, &thing.name)),
@@ -263,7 +264,9 @@ fn count(rng: &mut ChaCha8Rng, thing: &Thing) -> Result<Item> {
 
 /// The name again, behind a first question that the picture answers.
 fn second_turn(scene: &Scene, name: &str) -> Item {
-    let first = format!("How many things are in the picture?{END}\nAssistant: One.{END}\nUser: What is this?{END}\nAssistant:");
+    let first = format!(
+        "How many things are in the picture?{END}\nAssistant: One.{END}\nUser: What is this?{END}\nAssistant:"
+    );
     let prompt = vec![Segment::text("User:"), image(&scene.jpeg), Segment::text(first)];
     Item { prompt, right: name.to_owned(), options: Vec::new() }
 }
@@ -275,7 +278,11 @@ fn easy_vqa(folders: &Folders) -> Result<Vec<Item>> {
         for (asked, told) in &shape.questions {
             let mut asked = asked.clone();
             asked[..1].make_ascii_uppercase();
-            items.push(Item { prompt: dialogue(&shape.png, &asked), right: told.clone(), options: Vec::new() });
+            items.push(Item {
+                prompt: dialogue(&shape.png, &asked),
+                right: told.clone(),
+                options: Vec::new(),
+            });
         }
     }
     Ok(items)
@@ -301,7 +308,7 @@ fn invented(folders: &Folders) -> Result<Vec<Item>> {
         let asked = rng.random_range(0..2);
         let mut prompt = Prompt::new();
         for which in order.into_iter().chain([asked]) {
-            let scene = maker.alone(rng, things[which], Variation::Strong)?;
+            let scene = Maker::alone(rng, things[which], Variation::Strong)?;
             let text = Segment::text(format!("This is {}.\n", with_article(&names[which])));
             prompt.extend([image(&scene.jpeg), text]);
         }

@@ -1,6 +1,7 @@
 //! Downloads the packages of `packages.toml` with the clients of their registries and checks each file's SHA-256.
 
 use std::{
+    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -113,7 +114,10 @@ pub(crate) fn fetch(folders: &Folders) -> Result<()> {
 fn sha256(path: &Path) -> Result<String> {
     let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     let digest = digest::digest(&digest::SHA256, &bytes);
-    Ok(digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(digest.as_ref().iter().fold(String::new(), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}"); // into a string, which cannot fail
+        hex
+    }))
 }
 
 #[cfg(test)]

@@ -63,7 +63,9 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let folders = Folders::new(&arguments.work);
     if arguments.step == Step::All {
-        return Step::ORDER.iter().try_for_each(|step| step.run(&folders, &arguments.evaluation, arguments.again));
+        return Step::ORDER
+            .iter()
+            .try_for_each(|step| step.run(&folders, &arguments.evaluation, arguments.again));
     }
     arguments.step.run(&folders, &arguments.evaluation, true)
 }

@@ -61,7 +61,6 @@ const KINDS: [(&str, &[&str]); 5] = [
 
 /// A concept with its pictures.
 pub(crate) struct Thing {
-    pub(crate) key: String,
     pub(crate) name: String,
     pub(crate) category: String,
     /// Such as "animal".
@@ -118,10 +117,10 @@ fn load_concept(folders: &Folders, wordnet: &WordNet, concept: &Concept, designs
     let designs = concept.designs.iter().filter(|design| designs.contains(&design.as_str()));
     let path = |design: &String| folders.pictures().join(design).join(format!("{}.png", concept.key));
     let pictures = designs.map(|design| pixels::read(&path(design))).collect::<Result<_>>()?;
-    Ok(describe(wordnet, concept.key.clone(), concept.name.clone(), concept.category.clone(), pictures))
+    Ok(describe(wordnet, concept.name.clone(), concept.category.clone(), pictures))
 }
 
-fn describe(wordnet: &WordNet, key: String, name: String, category: String, pictures: Vec<Pixmap>) -> Thing {
+fn describe(wordnet: &WordNet, name: String, category: String, pictures: Vec<Pixmap>) -> Thing {
     let kinds = KINDS.iter().find(|(of, _)| *of == category).map_or(&[][..], |(_, kinds)| kinds);
     let kind = wordnet.kind(&name, kinds).map(|kind| match kind {
         "edible fruit" => "fruit",
@@ -133,7 +132,7 @@ fn describe(wordnet: &WordNet, key: String, name: String, category: String, pict
     // A definition fits if the noun is of a kind that its category has: the sense is then most likely the right one.
     let definition = kind.and_then(|_| wordnet.definition(&name)).map(str::to_owned);
     let definition = definition.filter(|definition| definition.len() < 90 && !definition.contains('('));
-    Thing { key, name, category, kind, definition, pictures }
+    Thing { name, category, kind, definition, pictures }
 }
 
 /// Clip art joins the concept that its title names, or becomes one of its own if the title is a noun.
@@ -169,13 +168,7 @@ fn add_clipart(
                     "recreation" => "Activities",
                     _ => "Objects",
                 };
-                all.push(describe(
-                    wordnet,
-                    title.replace(' ', "-"),
-                    title.clone(),
-                    category.to_owned(),
-                    Vec::new(),
-                ));
+                all.push(describe(wordnet, title.clone(), category.to_owned(), Vec::new()));
                 by_name.insert(title.clone(), all.len() - 1);
                 all.len() - 1
             }

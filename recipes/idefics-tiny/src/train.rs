@@ -35,9 +35,23 @@ pub(crate) fn init(folders: &Folders) -> Result<()> {
         fs::remove_dir_all(&out).with_context(|| format!("removing {}", out.display()))?;
     }
     let blocks = [
-        "--cross-layer-interval", "2", "--alpha-type", "vector",
-        "--resampler-n-latents", "24", "--resampler-depth", "2", "--resampler-n-heads", "6", "--resampler-head-dim", "64",
-        "--end-of-utterance", "--dtype", "f32", "--seed", "5",
+        "--cross-layer-interval",
+        "2",
+        "--alpha-type",
+        "vector",
+        "--resampler-n-latents",
+        "24",
+        "--resampler-depth",
+        "2",
+        "--resampler-n-heads",
+        "6",
+        "--resampler-head-dim",
+        "64",
+        "--end-of-utterance",
+        "--dtype",
+        "f32",
+        "--seed",
+        "5",
     ];
     let mut arguments = vec!["init", "--vision", "vision", "--text", "text", "--out", "init"];
     arguments.extend(blocks);

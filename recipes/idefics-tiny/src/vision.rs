@@ -36,7 +36,7 @@ const EPS: f32 = 1e-6;
 /// The pixel statistics of the package, and those of CLIP.
 const IMAGENET: ([f32; 3], [f32; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
 const CLIP: ([f32; 3], [f32; 3]) =
-    ([0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_58, 0.275_777_11]);
+    ([0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_55, 0.261_302_6, 0.275_777_1]);
 
 type Tower = BTreeMap<String, Tensor>;
 
@@ -73,7 +73,9 @@ fn embeddings(weights: &Weights, tower: &mut Tower) -> Result<()> {
         for (channel, kernel) in kernel.chunks_exact_mut(PATCH * PATCH).enumerate() {
             let shift = (mean[channel] - from_mean[channel]) / from_std[channel];
             bias[output] += shift * kernel.iter().sum::<f32>();
-            kernel.iter_mut().for_each(|weight| *weight *= std[channel] / from_std[channel]);
+            for weight in kernel {
+                *weight *= std[channel] / from_std[channel];
+            }
         }
     }
     put(tower, "embeddings.patch_embedding.weight", &[WIDTH, 3, PATCH, PATCH], kernel);

@@ -3,19 +3,21 @@
 use std::{
     fmt::Write as _,
     io::{IsTerminal, Write as _},
-    path::Path,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
     time::Instant,
 };
 
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use idefics::{
-    Idefics, LoadOptions,
-    bench::{self, Plan, RandomWeights, Report},
+    ComputeType, Idefics, LoadOptions, Processor,
+    bench::{self, Plan, Quality, RandomWeights, Report},
     checkpoint::read_config,
     config::IdeficsConfig,
     model::Model,
     ops::{Compute, Context, Isa},
+    quantize::{Format, Recipe},
 };
 use indicatif::HumanBytes;
 
@@ -30,6 +32,8 @@ Examples:
   idefics bench --shape 9b --format nf4
   idefics bench --shape 80b --format nf4 --layers 8 --prefill 128 --batches 1,8
   idefics bench --model HuggingFaceM4/idefics-9b-instruct --json
+  idefics bench --model HuggingFaceM4/idefics-9b-instruct --quality
+  idefics bench --shape 9b --format nf4 --layers 8 --compare --python .venv/bin/python
 
 Every round measures the machine and the model in turns, and medians are printed. `share` is the part that the
 model's kernels take of what the machine gave: of its reads from memory while decoding, of its bf16 arithmetic
@@ -49,7 +53,7 @@ pub(crate) struct Args {
 
     /// How the random weights of the text model and the gated blocks are stored
     #[arg(long, value_enum, default_value = "bf16", conflicts_with = "model")]
-    format: Format,
+    format: Stored,
 
     /// Only so many layers of the text model and of the tower
     #[arg(long, value_name = "N", conflicts_with = "model")]
@@ -79,6 +83,23 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = Plan::default().rounds)]
     rounds: usize,
 
+    /// Compare what packed weights and rounded products cost instead of timing: the divergence of the distributions
+    /// over the next token from those of the weights as they are, in f32
+    #[arg(long, requires = "model")]
+    quality: bool,
+
+    /// Time the peers of reference/ too, in turns with this program, where their Python packages are installed
+    #[arg(long, requires = "shape", conflicts_with = "quality")]
+    compare: bool,
+
+    /// The Python that has the peers
+    #[arg(long, value_name = "PROGRAM", default_value = "python3", requires = "compare")]
+    python: PathBuf,
+
+    /// Where the scripts that time them are
+    #[arg(long, value_name = "DIR", default_value = "reference", requires = "compare")]
+    reference: PathBuf,
+
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -86,7 +107,7 @@ pub(crate) struct Args {
 
 /// How random weights are stored.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Format {
+enum Stored {
     F32,
     Bf16,
     Q8,
@@ -94,6 +115,9 @@ enum Format {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    if args.quality {
+        return args.quality();
+    }
     let plan = args.plan()?;
     start_threads(args.threads)?;
     let start = Instant::now();
@@ -107,11 +131,27 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let fields = value.as_object_mut().context("a report is an object")?;
         fields.insert("load_s".to_owned(), load_s.into());
         fields.insert("peak_rss_bytes".to_owned(), peak_rss_bytes.into());
+        if args.compare {
+            drop(loaded); // the peers need the memory
+            fields.insert("peers".to_owned(), serde_json::from_str(&args.peers(Peers::Json)?)?);
+        }
         value.to_string()
     } else {
-        table(&report, load_s, peak_rss_bytes)
+        output::print(&table(&report, load_s, peak_rss_bytes))?;
+        if !args.compare {
+            return Ok(());
+        }
+        drop(loaded);
+        format!("\n{}", args.peers(Peers::Table)?)
     };
     Ok(output::print(&text)?)
+}
+
+/// In what form the peers' figures are wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Peers {
+    Table,
+    Json,
 }
 
 /// A model with random weights, or a real one.
@@ -150,6 +190,73 @@ impl Args {
         })
     }
 
+    /// What `compare_speed.py` prints of the peers and this program, timed in turns.
+    fn peers(&self, form: Peers) -> anyhow::Result<String> {
+        let script = self.reference.join("compare_speed.py");
+        if !script.is_file() {
+            bail!("--compare: `{}` is not there; name the directory with --reference", script.display());
+        }
+        show("the peers, in turns");
+        let mut command = Command::new(&self.python);
+        command.arg(&script).arg("--binary").arg(std::env::current_exe()?);
+        command.args([
+            "--shape",
+            self.shape.as_deref().unwrap_or("9b"),
+            "--rounds",
+            &self.rounds.to_string(),
+        ]);
+        if let Some(layers) = self.layers {
+            command.args(["--layers", &layers.to_string()]);
+        }
+        if form == Peers::Json {
+            command.arg("--json");
+        }
+        let output = command
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("--compare: cannot run `{}`", self.python.display()))?;
+        if !output.status.success() {
+            bail!("--compare: `{}` ended with {}", script.display(), output.status);
+        }
+        clear_line();
+        Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+    }
+
+    /// How far every way to store and to compute is from the exact one.
+    fn quality(&self) -> anyhow::Result<()> {
+        start_threads(self.threads)?;
+        let model = self.model.as_deref().context("--quality needs --model")?;
+        let directory = resolve_model(model)?;
+        let token_ids = Processor::from_pretrained(&directory)?.tokenize(bench::TEXT)?;
+        let distributions = |compute, quantize: Option<Format>| -> anyhow::Result<_> {
+            let quantize = quantize.map(Recipe::new);
+            show(&format!("{compute:?} {}", quantize.as_ref().map_or("as it is", |_| "packed")));
+            let options = LoadOptions { compute, quantize, ..LoadOptions::default() };
+            let idefics = Idefics::from_pretrained(&directory, &options)?;
+            Ok(bench::distributions(idefics.model(), &token_ids)?)
+        };
+        let exact = distributions(ComputeType::F32, None)?;
+        let is_packed = read_config(&directory)?.quantization_config.is_some();
+        let packed = [Format::Q8, Format::Nf4, Format::Nf4DoubleQuant];
+        let forms = std::iter::once(None).chain(packed.into_iter().filter(|_| !is_packed).map(Some));
+        let mut found = Vec::new();
+        for form in forms {
+            for (compute, name) in [(ComputeType::F32, "f32"), (ComputeType::Bf16, "bf16")] {
+                if form.is_none() && compute == ComputeType::F32 {
+                    continue;
+                }
+                let weights = form.map_or_else(|| "as they are".to_owned(), |form| form.to_string());
+                found.push(exact.compare(&distributions(compute, form)?, &weights, name));
+            }
+        }
+        clear_line();
+        Ok(output::print(&if self.json {
+            serde_json::json!({"tokens": token_ids.len(), "quality": found}).to_string()
+        } else {
+            quality_table(&found, token_ids.len())
+        })?)
+    }
+
     fn load(&self) -> anyhow::Result<Loaded> {
         let Some(shape) = &self.shape else {
             let model = self.model.as_deref().context("either --shape or --model is there")?;
@@ -168,13 +275,13 @@ impl Args {
             config.vision_config.num_hidden_layers = config.vision_config.num_hidden_layers.min(layers);
         }
         let format = match self.format {
-            Format::F32 => bench::Format::F32,
-            Format::Bf16 => bench::Format::Bf16,
-            Format::Q8 => bench::Format::Q8,
-            Format::Nf4 => bench::Format::Nf4,
+            Stored::F32 => bench::Format::F32,
+            Stored::Bf16 => bench::Format::Bf16,
+            Stored::Q8 => bench::Format::Q8,
+            Stored::Nf4 => bench::Format::Nf4,
         };
         let compute = match (self.dtype, self.format) {
-            (Dtype::F32, _) | (Dtype::Auto, Format::F32) => Compute::F32,
+            (Dtype::F32, _) | (Dtype::Auto, Stored::F32) => Compute::F32,
             (Dtype::Bf16 | Dtype::Auto, _) => Compute::Bf16,
         };
         show("random weights");
@@ -264,6 +371,13 @@ fn table(report: &Report, load_s: f64, peak_rss_bytes: Option<u64>) -> String {
             100.0 * prefill.share
         );
     }
+    for answer in &report.answers {
+        let _ = writeln!(
+            out,
+            "\nanswer    {:.2} s for a picture, {} tokens of prompt and {} new ones",
+            answer.seconds, answer.prompt_tokens, answer.new_tokens
+        );
+    }
     let _ = writeln!(out, "\nproducts of bf16");
     for product in &report.products {
         let _ = writeln!(
@@ -284,6 +398,22 @@ fn table(report: &Report, load_s: f64, peak_rss_bytes: Option<u64>) -> String {
     );
     if let Some(perceiver) = &report.perceiver {
         let _ = writeln!(out, "resampler {:.3} s an image", perceiver.seconds_per_image);
+    }
+    out
+}
+
+fn quality_table(found: &[Quality], tokens: usize) -> String {
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let _ = writeln!(out, "divergence from the weights as they are in f32, {tokens} tokens");
+    let _ = writeln!(
+        out,
+        "{:<12} {:<8} {:>10} {:>10} {:>9}",
+        "weights", "products", "mean KL", "max KL", "same top"
+    );
+    for Quality { weights, compute, mean_kl, max_kl, same_top } in found {
+        let same = 100.0 * same_top;
+        let _ = writeln!(out, "{weights:<12} {compute:<8} {mean_kl:>10.2e} {max_kl:>10.2e} {same:>8.1}%");
     }
     out
 }

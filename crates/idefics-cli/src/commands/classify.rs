@@ -4,7 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use idefics::generate::{ScoreOptions, Scored, score_continuations};
+use idefics::{
+    dialogue::Form,
+    generate::{ScoreOptions, Scored, score_continuations},
+};
 use serde_json::json;
 
 use crate::{
@@ -12,7 +15,7 @@ use crate::{
     images::{self, Record, RecordArgs},
     model::{Loaded, ModelArgs},
     prompts::image_source,
-    templates::{Form, Task},
+    templates::Task,
 };
 
 /// Rank labels by how likely the model finds them for a picture
@@ -94,7 +97,7 @@ fn score_labels(loaded: &Loaded, form: Form, labels: &[String], image: &str) -> 
     let prompt = Task::Classify { labels }.prompt(form, image_source(image));
     let texts: Vec<String> = labels.iter().map(|label| format!(" {label}")).collect();
     let joined = continuations(&loaded.processor, &loaded.options, &prompt, &texts)?;
-    Ok(score_continuations(&loaded.model, &joined.inputs, &joined.token_ids, &ScoreOptions::default())?)
+    Ok(score_continuations(&*loaded.model, &joined.inputs, &joined.token_ids, &ScoreOptions::default())?)
 }
 
 /// The labels, most likely first, with a softmax of their scores.

@@ -4,8 +4,8 @@ use std::{io::Write, ops::ControlFlow, path::PathBuf};
 
 use anyhow::{Context, bail};
 use idefics::{
-    Prompt, SequenceInputs,
-    generate::{Completion, Event, Generated, GenerationConfig, Request, Scheduler, generate_requests},
+    Idefics, Prompt, SequenceInputs,
+    generate::{AnswerError, Completion, Engine, Event, Generated, GenerationConfig, Request},
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -89,10 +89,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             let job = prepare(&loaded, args.items.0.clone(), config, Map::new())?;
             // Several answers would be mixed up if they came token by token.
             let is_streamed = !args.json && job.config.num_return_sequences == 1;
-            let generated = answer(&loaded, std::slice::from_ref(&job), is_streamed)?;
+            let generated = answer(&loaded.engine()?, std::slice::from_ref(&job), is_streamed)?;
+            let generated = generated.into_iter().next().context("a prompt has an answer")??;
             // What was streamed still needs the end of its line.
             let rest =
-                if is_streamed { String::new() } else { as_text(&loaded, &job, &generated[0], args.json) };
+                if is_streamed { String::new() } else { as_text(&loaded, &job, &generated, args.json) };
             Ok(output::print(&rest)?)
         }
         Some(lines) => run_lines(args, &loaded, &config, lines),
@@ -113,9 +114,13 @@ fn run_lines(
         fields.insert("line".to_owned(), json!(number));
         prepare(loaded, line.prompt.into(), with_own_options(config, line.generation)?, fields)
     };
+    let engine = loaded.engine()?;
     lines.run(prepare_line, |jobs| {
-        let generated = answer(loaded, jobs, false)?;
-        Ok(jobs.iter().zip(&generated).map(|(job, it)| as_text(loaded, job, it, args.json)).collect())
+        let generated = answer(&engine, jobs, false)?;
+        let text = |(job, generated): (&Job, Result<Generated, AnswerError>)| {
+            Ok(as_text(loaded, job, &generated?, args.json))
+        };
+        Ok(jobs.iter().zip(generated).map(text).collect())
     })
 }
 
@@ -139,16 +144,17 @@ fn prepare(
 ) -> anyhow::Result<Job> {
     let inputs = loaded.processor.process(&[prompt], &loaded.options)?;
     let inputs = inputs.into_iter().next().context("a prompt has inputs")?;
-    Request::new(&inputs, &config).check(&loaded.model, 0)?;
+    Request::new(&inputs, &config).check(&*loaded.model, 0)?;
     Ok(Job { inputs, config, fields })
 }
 
 /// Answers some prompts together; shows the text as it comes if asked to.
-fn answer(loaded: &Loaded, jobs: &[Job], is_streamed: bool) -> anyhow::Result<Vec<Generated>> {
-    let requests: Vec<_> = jobs
-        .iter()
-        .map(|job| Request { cancel: Some(cancel::flag()), ..Request::new(&job.inputs, &job.config) })
-        .collect();
+fn answer(
+    engine: &Engine<Idefics>,
+    jobs: &[Job],
+    is_streamed: bool,
+) -> anyhow::Result<Vec<Result<Generated, AnswerError>>> {
+    let requests = jobs.iter().map(|job| (job.inputs.clone(), job.config.clone()));
     let mut broken = None;
     let show = |event: &Event| {
         if !is_streamed {
@@ -163,8 +169,7 @@ fn answer(loaded: &Loaded, jobs: &[Job], is_streamed: bool) -> anyhow::Result<Ve
             }
         }
     };
-    let generated =
-        generate_requests(&loaded.model, Some(&loaded.processor), &requests, Scheduler::default(), show)?;
+    let generated = engine.answer_each(requests, cancel::flag(), show);
     match broken {
         // A reader that went away wants no more.
         Some(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {

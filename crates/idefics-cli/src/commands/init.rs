@@ -26,12 +26,12 @@ the blocks between them are new and have to be trained. The same seed gives the 
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Directory of a CLIPVisionModel, or of a CLIPModel, whose vision half is taken
-    #[arg(long, value_name = "DIR", requires = "text", required_unless_present = "from_config")]
+    /// Directory of a `CLIPVisionModel`, or of a `CLIPModel`, whose vision half is taken
+    #[arg(long, value_name = "DIR", requires = "text")]
     vision: Option<PathBuf>,
 
-    /// Directory of a LlamaForCausalLM with its tokenizer
-    #[arg(long, value_name = "DIR", requires = "vision", required_unless_present = "from_config")]
+    /// Directory of a `LlamaForCausalLM` with its tokenizer
+    #[arg(long, value_name = "DIR", requires = "vision")]
     text: Option<PathBuf>,
 
     /// An IDEFICS `config.json`: make all weights new

@@ -3,6 +3,7 @@
 pub(crate) mod ask;
 pub(crate) mod bench;
 pub(crate) mod caption;
+pub(crate) mod chat;
 pub(crate) mod classify;
 pub(crate) mod download;
 pub(crate) mod generate;
@@ -11,4 +12,5 @@ pub(crate) mod inspect;
 pub(crate) mod merge;
 pub(crate) mod quantize;
 pub(crate) mod score;
+pub(crate) mod serve;
 pub(crate) mod train;

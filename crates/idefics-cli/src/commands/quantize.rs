@@ -84,6 +84,14 @@ enum PartName {
 }
 
 impl FormatName {
+    /// The name.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Nf4 => "nf4",
+            Self::Q8 => "q8",
+        }
+    }
+
     /// The format with plain scales.
     pub(crate) fn plain(self) -> Format {
         match self {

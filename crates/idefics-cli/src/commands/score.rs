@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use idefics::{
-    Prompt, SequenceInputs,
-    generate::{ScoreOptions, ScoreRequest, Scored, score},
+    Idefics, Prompt, SequenceInputs,
+    generate::{GenerateError, ScoreOptions, ScoreRequest, Scored, score},
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -83,14 +83,28 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         |_, line| prepare(&loaded, line),
         |jobs: &[(Map<String, Value>, ScoreRequest)]| {
             let requests: Vec<_> = jobs.iter().map(|(_, request)| request.clone()).collect();
-            let scored = score(&loaded.model, &requests, &options)?;
-            Ok(jobs
-                .iter()
-                .zip(&scored)
-                .map(|((fields, _), it)| result(fields.clone(), it).to_string())
-                .collect())
+            let scored = score_each(&loaded.model, &requests, &options);
+            let text = |((fields, _), scored): (&(Map<String, Value>, _), Result<Scored, _>)| {
+                Ok(result(fields.clone(), &scored?).to_string())
+            };
+            Ok(jobs.iter().zip(scored).map(text).collect())
         },
     )
+}
+
+/// Scores texts together, or one by one where one of them fails all.
+fn score_each(
+    model: &Idefics,
+    requests: &[ScoreRequest],
+    options: &ScoreOptions,
+) -> Vec<Result<Scored, GenerateError>> {
+    match score(model, requests, options) {
+        Ok(scored) => scored.into_iter().map(Ok).collect(),
+        Err(_) => requests
+            .iter()
+            .map(|one| Ok(score(model, std::slice::from_ref(one), options)?.remove(0)))
+            .collect(),
+    }
 }
 
 impl Line {
@@ -132,7 +146,7 @@ fn prepare(loaded: &Loaded, line: Line) -> anyhow::Result<(Map<String, Value>, S
             ScoreRequest { inputs: inputs(loaded, prompt)?, continuation: Some(continuation) }
         }
     };
-    request.check(&loaded.model, 0)?;
+    request.check(&*loaded.model, 0)?;
     Ok((fields, request))
 }
 

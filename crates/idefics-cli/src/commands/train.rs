@@ -9,6 +9,7 @@ use std::{
 use anyhow::Context;
 use idefics_train::{
     config::TrainConfig,
+    memory::{gigabytes, peak_bytes},
     metrics::StepRecord,
     trainer::{End, Event, Start, Summary, Trainer},
 };
@@ -105,7 +106,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     eprintln!("reading the data ...");
     let mut trainer = Trainer::new(config, &directory, start)?;
     describe(&trainer);
+    let begun = Instant::now();
     trainer.try_longest().context("the longest sequence")?;
+    let peak = peak_bytes().map_or(String::new(), |bytes| format!(", memory so far {}", gigabytes(bytes)));
+    eprintln!("largest pass: {:.2} s forward and backward{peak}", begun.elapsed().as_secs_f64());
     if args.dry_run {
         return Ok(output::print("everything fits together")?);
     }
@@ -146,6 +150,16 @@ fn describe(trainer: &Trainer) {
     if let Some((_, tokens, images)) = report.longest {
         eprintln!("longest sequence: {tokens} tokens, {images} pictures");
     }
+    let memory = trainer.memory();
+    eprintln!(
+        "memory: {} = {} frozen + {} trained + {} gradients + {} moments + {} for the largest pass (estimated)",
+        gigabytes(memory.total()),
+        gigabytes(memory.frozen),
+        gigabytes(memory.trained),
+        gigabytes(memory.gradients),
+        gigabytes(memory.moments),
+        gigabytes(memory.activations),
+    );
     let state = trainer.state();
     if state.step > 0 {
         eprintln!("resuming after step {}", state.step);
@@ -190,7 +204,7 @@ struct Display {
     total: u64,
     first_step: u64,
     begun: Instant,
-    last_line: Instant,
+    last_line: Option<Instant>,
     /// Loss, tokens per second, pictures per second: running means.
     means: Option<[f64; 3]>,
 }
@@ -207,7 +221,7 @@ impl Display {
             ProgressBar::new(total).with_style(style).with_position(first_step)
         });
         let now = Instant::now();
-        Self { bar, total, first_step, begun: now, last_line: now - LINE_PAUSE, means: None }
+        Self { bar, total, first_step, begun: now, last_line: None, means: None }
     }
 
     fn show(&mut self, event: &Event<'_>) {
@@ -239,11 +253,11 @@ impl Display {
         if let Some(bar) = &self.bar {
             bar.set_message(text);
             bar.set_position(record.step);
-        } else if self.last_line.elapsed() >= LINE_PAUSE {
+        } else if self.last_line.is_none_or(|line| line.elapsed() >= LINE_PAUSE) {
             let done = (record.step - self.first_step).max(1) as u32;
             let left = self.begun.elapsed() / done * self.total.saturating_sub(record.step) as u32;
             eprintln!("step {} of {}: {text}  {} left", record.step, self.total, HumanDuration(left));
-            self.last_line = Instant::now();
+            self.last_line = Some(Instant::now());
         }
     }
 

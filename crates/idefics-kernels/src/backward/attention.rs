@@ -69,7 +69,7 @@ pub fn attention(
                 }
             }
         };
-        let keys = Keys::new(gather(k, jobs[0].keys), gather(v, jobs[0].keys), heads);
+        let keys = Keys::new(gather(k, jobs[0].keys), &gather(v, jobs[0].keys), heads);
         let mut sums = KeySums { keys: vec![0.0; keys.keys.len()], values: vec![0.0; keys.keys.len()] };
         for job in jobs {
             for first in (0..job.queries.1).step_by(QUERIES) {
@@ -116,12 +116,12 @@ struct Block<'a> {
 }
 
 impl Keys {
-    fn new(keys: Vec<f32>, values: Vec<f32>, heads: Heads) -> Self {
+    fn new(keys: Vec<f32>, values: &[f32], heads: Heads) -> Self {
         let (dim, count) = (heads.head_dim, keys.len() / heads.head_dim);
         let transpose = |rows: &[f32]| -> Vec<f32> {
             (0..dim).flat_map(|d| (0..count).map(move |s| rows[s * dim + d])).collect()
         };
-        Self { keys_t: transpose(&keys), values_t: transpose(&values), keys, count, dim, scale: heads.scale }
+        Self { keys_t: transpose(&keys), values_t: transpose(values), keys, count, dim, scale: heads.scale }
     }
 }
 
@@ -179,13 +179,13 @@ unsafe fn block_body<S: Simd, const FMA: bool>(
     let mut weights = vec![0.0; n_queries * n]; // softmax, [T, S]
     // SAFETY: passed on.
     unsafe {
-        add_product::<S>((n_queries, n, dim), by_query(block.q), &keys.keys_t, stride, &mut weights, n)
-    };
+        add_product::<S>((n_queries, n, dim), by_query(block.q), &keys.keys_t, stride, &mut weights, n);
+    }
     let mut slopes = vec![0.0; n_queries * n]; // gradient of the weights, then of the scores: [T, S]
     // SAFETY: passed on.
     unsafe {
-        add_product::<S>((n_queries, n, dim), by_query(block.dy), &keys.values_t, stride, &mut slopes, n)
-    };
+        add_product::<S>((n_queries, n, dim), by_query(block.dy), &keys.values_t, stride, &mut slopes, n);
+    }
 
     for (query, (weights, slopes)) in weights.chunks_exact_mut(n).zip(slopes.chunks_exact_mut(n)).enumerate()
     {
@@ -210,11 +210,17 @@ unsafe fn block_body<S: Simd, const FMA: bool>(
     let by_score = |data| View { data, row_stride: n, column_stride: 1 };
     let by_key = |data| View { data, row_stride: 1, column_stride: n };
     // SAFETY: passed on.
-    unsafe { add_product::<S>((n_queries, dim, n), by_score(&slopes), &keys.keys, dim, dq, dim) };
+    unsafe {
+        add_product::<S>((n_queries, dim, n), by_score(&slopes), &keys.keys, dim, dq, dim);
+    }
     // SAFETY: passed on.
-    unsafe { add_product::<S>((n, dim, n_queries), by_key(&slopes), block.q, dim, &mut sums.keys, dim) };
+    unsafe {
+        add_product::<S>((n, dim, n_queries), by_key(&slopes), block.q, dim, &mut sums.keys, dim);
+    }
     // SAFETY: passed on.
-    unsafe { add_product::<S>((n, dim, n_queries), by_key(&weights), block.dy, dim, &mut sums.values, dim) };
+    unsafe {
+        add_product::<S>((n, dim, n_queries), by_key(&weights), block.dy, dim, &mut sums.values, dim);
+    }
 }
 
 /// `Σ a · b` with sixteen running sums, so that it vectorises and its order is fixed.

@@ -75,7 +75,8 @@ pub fn new_layers(model: &IdeficsConfig, lora: &LoraConfig, seed: u64) -> Result
 }
 
 /// Writes an adapter to `out`, a new or empty directory. `replaced` are modules that were trained whole, by the names
-/// of their weights; `base_model` is what PEFT and a reader are told that the adapter is for.
+/// of their weights: all of a module's or none, as PEFT reads modules and no single weights. `base_model` is what PEFT
+/// and a reader are told that the adapter is for.
 pub fn write_adapter(
     out: &Path,
     lora: &LoraConfig,
@@ -83,6 +84,19 @@ pub fn write_adapter(
     layers: &[LoraLayer],
     replaced: &[(String, Weight)],
 ) -> Result<PathBuf, WriteError> {
+    let writer = CheckpointWriter::create(out)?;
+    write_adapter_files(&writer, lora, base_model, layers, replaced)?;
+    writer.finish()
+}
+
+/// The same into a directory that something else goes into, too.
+pub(crate) fn write_adapter_files(
+    writer: &CheckpointWriter,
+    lora: &LoraConfig,
+    base_model: &str,
+    layers: &[LoraLayer],
+    replaced: &[(String, Weight)],
+) -> Result<(), WriteError> {
     let mut tensors: Vec<(String, &Weight)> = Vec::new();
     for layer in layers {
         tensors.push((layer.a_name(), &layer.factors.a));
@@ -94,19 +108,19 @@ pub fn write_adapter(
         .map(|(name, weight)| TensorSpec::new(name.as_str(), DType::F32, weight.shape()))
         .collect();
 
-    let writer = CheckpointWriter::create(out)?;
     let mut weights = tensors.iter().map(|(_, weight)| (*weight).clone());
-    writer.write_file_of_weights(WEIGHTS_FILE, &specs, |_| {
-        Ok::<_, WriteError>(weights.next().expect("there is a weight for each description"))
+    writer.write_file_of_weights(WEIGHTS_FILE, &specs, |spec| match weights.next() {
+        Some(weight) => Ok::<_, WriteError>(weight),
+        None => unreachable!("{}: there is a weight for each description", spec.name),
     })?;
-    writer.write_json(CONFIG_FILE, &config_json(lora, base_model, replaced))?;
-    writer.finish()
+    writer.write_json(CONFIG_FILE, &config_json(lora, base_model, replaced))
 }
 
 /// `adapter_config.json`, with the fields that PEFT cannot do without.
 fn config_json(lora: &LoraConfig, base_model: &str, replaced: &[(String, Weight)]) -> Value {
-    let mut value =
-        serde_json::to_value(lora).expect("a configuration holds nothing that JSON has no form for");
+    let Ok(mut value) = serde_json::to_value(lora) else {
+        unreachable!("a configuration holds nothing that JSON has no form for")
+    };
     if !replaced.is_empty() {
         let module = |(name, _): &(String, Weight)| {
             let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);

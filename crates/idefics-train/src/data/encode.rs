@@ -180,9 +180,9 @@ impl Encoder {
         let mut text = special.bos.text.clone();
         let (mut answers, mut images) = (Vec::new(), 0);
         let mut last_role = Role::Context;
-        let mut runs = sample.pieces.chunk_by(|a, b| is_text(a) && is_text(b)).peekable();
+        let runs = sample.pieces.chunk_by(|a, b| is_text(a) && is_text(b));
         let mut follows_image = false;
-        while let Some(run) = runs.next() {
+        for run in runs {
             if !is_text(&run[0]) {
                 if !follows_image {
                     text += &special.fake_token_around_image.text;

@@ -180,7 +180,7 @@ mod tests {
         let table = dir.path().join("t.csv");
         fs::write(&table, "image,q,a\nx.jpg,\"who, then?\",Tom\nmissing.jpg,b,c\n").unwrap();
         let template = || Template::parse("<image>{q}", " {a}").unwrap();
-        let source = TableSource::open(&[table.clone()], None, "image", template()).unwrap();
+        let source = TableSource::open(std::slice::from_ref(&table), None, "image", template()).unwrap();
         assert_eq!(source.num_samples(), 2);
         assert_eq!(source.read(0).unwrap().pieces[1], Piece::context("who, then?"));
         let error = source.read(1).unwrap_err();

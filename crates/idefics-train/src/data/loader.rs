@@ -71,8 +71,9 @@ impl Loader {
             if let Some(loaded) = self.early.remove(&turn) {
                 return loaded;
             }
-            let (number, loaded) =
-                self.receiver.recv().expect("this loader holds a sender itself, so the channel stays open");
+            let Ok((number, loaded)) = self.receiver.recv() else {
+                unreachable!("this loader holds a sender itself, so the channel stays open")
+            };
             self.early.insert(number, loaded);
         }
     }
@@ -141,7 +142,7 @@ mod tests {
         }
 
         fn read(&self, index: u64) -> Result<Sample, SampleError> {
-            if index % 5 == 0 {
+            if index.is_multiple_of(5) {
                 return Err(SampleError { place: self.place(index), reason: "broken".to_owned() });
             }
             assert!(index != 7, "a source that panics");

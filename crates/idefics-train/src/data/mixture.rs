@@ -81,7 +81,9 @@ impl Mixture {
             sources.push(Entry { source: share.source, weight, shuffle, held_out, order: None });
         }
         let total: f64 = sources.iter().map(|entry| entry.weight).sum();
-        sources.iter_mut().for_each(|entry| entry.weight /= total);
+        for entry in &mut sources {
+            entry.weight /= total;
+        }
         let position = MixturePosition { given: vec![0; sources.len()], used: vec![0; sources.len()] };
         Ok(Self { sources, position, seed })
     }
@@ -89,6 +91,11 @@ impl Mixture {
     /// Samples of all sources that are not held out.
     pub fn num_samples(&self) -> u64 {
         self.sources.iter().map(Entry::num_used).sum()
+    }
+
+    /// Samples of each source, held-out ones included.
+    pub fn source_sizes(&self) -> Vec<u64> {
+        self.sources.iter().map(|entry| entry.source.num_samples()).collect()
     }
 
     /// Samples that were given so far.
@@ -116,7 +123,9 @@ impl Mixture {
             return Err(DataError::OtherSources { expected, got });
         }
         self.position = position;
-        self.sources.iter_mut().for_each(|entry| entry.order = None);
+        for entry in &mut self.sources {
+            entry.order = None;
+        }
         Ok(())
     }
 
@@ -134,10 +143,12 @@ impl Mixture {
             let given = self.position.given[source];
             let (epoch, place) = (given / n, given % n);
             let seed = mix(&[self.seed, source as u64, epoch]);
-            if entry.order.as_ref().is_none_or(|order| order.epoch != epoch) {
-                entry.order = Some(Order::new(entry.source.blocks(), epoch, entry.shuffle.then_some(seed)));
-            }
-            let order = entry.order.as_mut().expect("it was just made");
+            let order = match &mut entry.order {
+                Some(order) if order.epoch == epoch => order,
+                order => {
+                    order.insert(Order::new(entry.source.blocks(), epoch, entry.shuffle.then_some(seed)))
+                }
+            };
             let index = order.at(place);
             self.position.given[source] += 1;
             if !entry.held_out.contains(&index) {

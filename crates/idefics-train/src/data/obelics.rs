@@ -192,3 +192,97 @@ impl Source for Obelics {
         at(&self.files[group.file].path, format_args!("row group {}, row {row}", group.index))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use parquet::{
+        data_type::{ByteArray, ByteArrayType},
+        file::writer::SerializedFileWriter,
+        schema::parser::parse_message_type,
+    };
+
+    use super::*;
+
+    /// Lists of a group of documents.
+    type List = &'static [&'static [Option<&'static str>]];
+
+    /// Two row groups of documents: `Some` text or picture at each place, as definition levels of nullable items.
+    fn write(path: &Path) {
+        let schema = "message schema {
+            optional group images (LIST) { repeated group list { optional binary element (UTF8); } }
+            optional group texts (LIST) { repeated group list { optional binary element (UTF8); } }
+            optional binary metadata (UTF8);
+        }";
+        let schema = Arc::new(parse_message_type(schema).unwrap());
+        let file = File::create(path).unwrap();
+        let mut writer = SerializedFileWriter::new(file, schema, Arc::default()).unwrap();
+        let groups: [(List, List); 2] = [
+            (
+                &[&[None, Some("a.jpg"), None], &[Some("https://host/x/b.jpg?s=1")]],
+                &[&[Some("one"), None, Some("two")], &[None]],
+            ),
+            (&[&[None, None], &[Some("missing.jpg")]], &[&[Some("three"), Some("four")], &[None]]),
+        ];
+        for (images, texts) in groups {
+            let mut group = writer.next_row_group().unwrap();
+            for lists in [images, texts] {
+                let mut column = group.next_column().unwrap().unwrap();
+                let items = || lists.iter().flat_map(|list| list.iter());
+                let values: Vec<ByteArray> = items().flatten().map(|text| ByteArray::from(*text)).collect();
+                let definitions: Vec<i16> = items().map(|item| if item.is_some() { 3 } else { 2 }).collect();
+                let repetitions: Vec<i16> =
+                    lists.iter().flat_map(|list| (0..list.len()).map(|at| i16::from(at > 0))).collect();
+                column
+                    .typed::<ByteArrayType>()
+                    .write_batch(&values, Some(&definitions), Some(&repetitions))
+                    .unwrap();
+                column.close().unwrap();
+            }
+            let mut column = group.next_column().unwrap().unwrap();
+            let metadata = vec![ByteArray::from("[]"); images.len()];
+            column
+                .typed::<ByteArrayType>()
+                .write_batch(&metadata, Some(&vec![1; images.len()]), None)
+                .unwrap();
+            column.close().unwrap();
+            group.close().unwrap();
+        }
+        writer.close().unwrap();
+    }
+
+    #[test]
+    fn documents_are_texts_and_pictures_in_turn() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("shard.parquet");
+        write(&path);
+        for name in ["a.jpg", "b.jpg"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let source = Obelics::open(std::slice::from_ref(&path), Some(dir.path())).unwrap();
+        assert_eq!((source.num_samples(), source.blocks()), (4, vec![2, 2]));
+        let picture = |name: &str| Piece::Image(ImageSource::Path(dir.path().join(name)));
+        let first = source.read(0).unwrap();
+        assert_eq!(first.kind, SampleKind::Document);
+        assert_eq!(first.pieces, [Piece::answer("one"), picture("a.jpg"), Piece::answer("two")]);
+        assert_eq!(source.read(1).unwrap().pieces, [picture("b.jpg")], "an address means a local file");
+        assert_eq!(
+            source.read(2).unwrap().pieces,
+            [Piece::answer("three"), Piece::answer("\n\n"), Piece::answer("four")]
+        );
+        let error = source.read(3).unwrap_err();
+        assert!(error.place.ends_with("shard.parquet, row group 1, row 1"), "{error}");
+        assert_eq!(error.reason, "no picture missing.jpg");
+        let without = Obelics::open(&[path], None).unwrap();
+        assert!(without.read(1).unwrap_err().reason.contains("image_root"));
+    }
+
+    #[test]
+    fn other_tables_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.parquet");
+        std::fs::write(&path, "PAR1 and nothing else PAR1").unwrap();
+        assert!(Obelics::open(&[path], None).is_err());
+    }
+}

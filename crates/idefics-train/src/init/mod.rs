@@ -189,9 +189,9 @@ impl Initializer {
     fn plan(&self) -> Result<Plan, InitError> {
         let (config, text, vision, tokenizer) = match &self.source {
             Source::Unimodal { text, vision, blocks } => {
-                let tokenizer =
-                    NewTokenizer::open(self.tokenizer.as_ref().unwrap_or(text), self.added_tokens)?;
+                let tokenizer = self.tokenizer.as_ref().unwrap_or(text);
                 let (text, vision) = (TextModel::open(text)?, VisionTower::open(vision)?);
+                let tokenizer = NewTokenizer::open(tokenizer, self.added_tokens)?;
                 let config = join(&text, &vision, blocks);
                 (config, Some(text), Some(vision), Some(tokenizer))
             }

@@ -27,15 +27,16 @@ pub enum Rule {
 impl Rule {
     /// The rule for a tensor of that name and shape.
     pub fn of(config: &IdeficsConfig, name: &str, shape: &[usize]) -> Self {
-        let layer = name.strip_suffix(".weight").and_then(|name| name.rsplit('.').next()).unwrap_or_default();
+        let (module, field) = name.rsplit_once('.').unwrap_or(("", name));
+        let layer = module.rsplit('.').next().unwrap_or_default();
         let part = Component::of(name);
         if name.contains(".alpha_") {
             return gate(config);
         }
-        if name.ends_with(".bias") {
+        if field == "bias" {
             return Self::Constant(0.0);
         }
-        if shape.len() == 1 && name.ends_with(".weight") {
+        if shape.len() == 1 && field == "weight" {
             // Every vector that is a weight is a norm's.
             return Self::Constant(1.0);
         }
@@ -46,10 +47,10 @@ impl Rule {
                 config.initializer_range
             }
             Component::GatedCrossAttention => scaled(fan_in(shape), layer == "down_proj", config),
-            Component::Perceiver if name.ends_with("latents") => (1.0 / config.image_dim() as f64).sqrt(),
+            Component::Perceiver if field == "latents" => (1.0 / config.image_dim() as f64).sqrt(),
             // The tower's width, also for the two layers whose input has another.
             Component::Perceiver => scaled(config.image_dim() as f64, layer == "c_proj", config),
-            Component::Vision => tower(config, name, layer),
+            Component::Vision => tower(config, layer, field),
         };
         if std == 0.0 { Self::Constant(0.0) } else { Self::Normal { std } }
     }
@@ -82,12 +83,12 @@ fn scaled(width: f64, writes_residual: bool, config: &IdeficsConfig) -> f64 {
 }
 
 /// transformers `CLIPPreTrainedModel._init_weights`.
-fn tower(config: &IdeficsConfig, name: &str, layer: &str) -> f64 {
+fn tower(config: &IdeficsConfig, layer: &str, field: &str) -> f64 {
     let vision = &config.vision_config;
     let (width, factor) = (vision.embed_dim as f64, vision.initializer_factor);
     let by_depth = (2.0 * vision.num_hidden_layers as f64).powf(-0.5);
     match layer {
-        _ if name.ends_with("class_embedding") => width.powf(-0.5) * factor,
+        _ if field == "class_embedding" => width.powf(-0.5) * factor,
         "q_proj" | "k_proj" | "v_proj" | "fc2" => width.powf(-0.5) * by_depth * factor,
         "out_proj" => width.powf(-0.5) * factor,
         "fc1" => (2.0 * width).powf(-0.5) * factor,

@@ -275,7 +275,7 @@ fn other_options_that_give_no_model_are_refused() {
     };
     check(&unimodal("llama-gqa", "clip-vision", 2), "possible: 1, 3");
     check(&unimodal("llama-gqa", "llama-mha", 1), "expected `clip` or `clip_vision_model`");
-    check(&unimodal("clip", "clip-vision", 1), "nothing");
+    check(&unimodal("clip", "clip-vision", 1), "`model_type` is `clip`, expected `llama`");
     let mut bad_gate = unimodal("llama-gqa", "clip-vision", 1);
     if let Source::Unimodal { blocks, .. } = &mut bad_gate.source {
         blocks.alpha_initializer = "twos".to_owned();

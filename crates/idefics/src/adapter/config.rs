@@ -124,10 +124,10 @@ impl LoraConfig {
 
     /// Whether training gives factors to a module.
     pub fn targets(&self, module: &str) -> Result<bool, AdapterError> {
-        if let Some(excluded) = &self.exclude_modules {
-            if excluded.matches("exclude_modules", module)? {
-                return Ok(false);
-            }
+        if let Some(excluded) = &self.exclude_modules
+            && excluded.matches("exclude_modules", module)?
+        {
+            return Ok(false);
         }
         self.target_modules.as_ref().map_or(Ok(false), |targets| targets.matches("target_modules", module))
     }

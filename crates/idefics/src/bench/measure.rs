@@ -28,6 +28,8 @@ pub struct Plan {
     pub steps: usize,
     /// Tokens of the prompt behind which decoding starts.
     pub context: usize,
+    /// Whole answers: tokens of the prompt, which looks at one picture, and new tokens.
+    pub answers: Vec<[usize; 2]>,
     /// Products in bf16 by themselves: rows of activations, rows of the weight, inner dimension.
     pub products: Vec<[usize; 3]>,
 }
@@ -41,6 +43,7 @@ impl Default for Plan {
             rounds: 3,
             steps: 4,
             context: 64,
+            answers: vec![[64, 32]],
             products: vec![[512, 4096, 4096], [257, 1280, 5120]],
         }
     }
@@ -55,6 +58,8 @@ pub struct Report {
     pub decode: Vec<Decode>,
     /// Prompts.
     pub prefill: Vec<Prefill>,
+    /// Whole answers.
+    pub answers: Vec<Answer>,
     /// Single products in bf16.
     pub products: Vec<Product>,
     /// The vision tower.
@@ -104,6 +109,17 @@ pub struct Prefill {
     pub gflops: f64,
     /// That over the bf16 arithmetic that the machine gave in the same rounds.
     pub share: f64,
+}
+
+/// A whole answer: a picture through the tower, a prompt, then tokens one at a time.
+#[derive(Debug, Clone, Serialize)]
+pub struct Answer {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of the answer.
+    pub new_tokens: usize,
+    /// Seconds for all of it.
+    pub seconds: f64,
 }
 
 /// `x [M, K] · W [N, K]ᵀ` in bf16.
@@ -169,6 +185,7 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
     let mut products = vec![Samples::default(); plan.products.len()];
     let mut prefill = vec![Samples::default(); plan.prefill.len()];
     let mut decode = vec![Samples::default(); plan.batches.len() * plan.images.len()];
+    let mut answers = vec![Samples::default(); plan.answers.len()];
     for round in 1..=plan.rounds {
         let mut at = |what: &str| progress(&format!("round {round} of {}: {what}", plan.rounds));
         at("arithmetic of the machine");
@@ -195,6 +212,10 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
             let start = Instant::now();
             prefilled(model, &states[..1], *tokens)?;
             samples.0.push(start.elapsed().as_secs_f64());
+        }
+        for (samples, [prompt, new]) in answers.iter_mut().zip(&plan.answers) {
+            at(&format!("an answer of {new} tokens"));
+            samples.0.push(time_answer(model, &pictures[0], *prompt, *new)?);
         }
     }
 
@@ -225,6 +246,15 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
     Ok(Report {
         decode: decode.collect(),
         prefill: prefill.collect(),
+        answers: answers
+            .iter()
+            .zip(&plan.answers)
+            .map(|(samples, &[prompt_tokens, new_tokens])| Answer {
+                prompt_tokens,
+                new_tokens,
+                seconds: samples.median(),
+            })
+            .collect(),
         products: products.collect(),
         vision: Vision {
             seconds_per_image: vision.median(),
@@ -242,7 +272,7 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
     })
 }
 
-fn pictures(config: &IdeficsConfig, n: usize) -> Vec<PixelValues> {
+pub(super) fn pictures(config: &IdeficsConfig, n: usize) -> Vec<PixelValues> {
     let side = config.vision_config.image_size;
     let picture = |index: usize| {
         let data = (0..3 * side * side).map(|i| ((i * 31 + index * 17) % 255) as f32 / 127.0 - 1.0).collect();
@@ -277,6 +307,21 @@ fn time_image(model: &Model, picture: &PixelValues) -> Result<(f64, Option<f64>)
         _ => {}
     })?;
     Ok((tower, resampler))
+}
+
+/// Seconds from a picture and a prompt to the last of `new` tokens.
+fn time_answer(model: &Model, picture: &PixelValues, prompt: usize, new: usize) -> Result<f64, ModelError> {
+    use crate::generate::StepModel;
+    let start = Instant::now();
+    let states = model.encode_images(&[picture])?;
+    let mut cache = prefilled(model, &states, prompt.saturating_sub(1))?;
+    // The last token of the prompt gives the first of the answer.
+    for id in 0..new {
+        let ids = [id as u32];
+        let row = Row { cache: &mut cache, token_ids: &ids, image_index: &[Some(0)], logits: LogitsOf::Last };
+        model.step(&mut [row])?;
+    }
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// Seconds of one decode step of `batch` sequences, the mean of `steps`, logits included.
@@ -361,6 +406,7 @@ mod tests {
             rounds: 1,
             steps: 1,
             context: 4,
+            answers: vec![[6, 3]],
             products: vec![[3, 5, 7]],
         };
         for format in [Format::F32, Format::Bf16, Format::Q8, Format::Nf4] {
@@ -369,6 +415,8 @@ mod tests {
                 Model::new(config.clone(), &RandomWeights::new(&config, format), ctx).expect("a model");
             let report = run(&model, &plan, &mut |_| ()).expect("a report");
             assert_eq!((report.decode.len(), report.prefill.len()), (4, 1));
+            assert_eq!((report.answers[0].prompt_tokens, report.answers[0].new_tokens), (6, 3));
+            assert!(report.answers[0].seconds > 0.0);
             assert_eq!((report.decode[3].batch, report.decode[3].images), (3, 2));
             for decode in &report.decode {
                 assert!(decode.tokens_per_s > 0.0 && decode.share.is_finite(), "{decode:?}");

@@ -4,7 +4,9 @@
 //! first asks the machine what it gives now, then takes every measurement once.
 
 mod measure;
+mod quality;
 mod random_weights;
 
-pub use measure::{Decode, Machine, Perceiver, Plan, Prefill, Product, Report, Vision, run};
+pub use measure::{Answer, Decode, Machine, Perceiver, Plan, Prefill, Product, Report, Vision, run};
+pub use quality::{Distributions, Quality, TEXT, distributions};
 pub use random_weights::{Format, RandomWeights, shape};

@@ -5,7 +5,7 @@ use std::{fs::File, io, ops::Range, path::Path};
 
 use memmap2::Mmap;
 #[cfg(unix)]
-use memmap2::UncheckedAdvice;
+use memmap2::{Advice, UncheckedAdvice};
 
 use super::weight::Storage;
 
@@ -38,6 +38,29 @@ impl Storage for MappedFile {
             unsafe { self.0.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
         // It was only advice.
         drop(released);
+    }
+
+    #[cfg(unix)]
+    fn fetch(&self, range: Range<usize>) {
+        // The first starts reading in large pieces, the second waits and maps what came. Both are only advice.
+        let _ = self.0.advise_range(Advice::WillNeed, range.start, range.len());
+        #[cfg(target_os = "linux")]
+        let _ = self.0.advise_range(Advice::PopulateRead, range.start, range.len());
+    }
+
+    #[cfg(target_os = "linux")]
+    fn evict(&self, range: Range<usize>) {
+        use rustix::{mm, param::page_size};
+        // Whole pages inside the range: a neighbour on the same page may be wanted.
+        let start = range.start.next_multiple_of(page_size());
+        let end = range.end - range.end % page_size();
+        if start < end {
+            let address = self.0[start..end].as_ptr().cast_mut().cast();
+            // SAFETY: the pages lie inside the map, which is shared with the file and read-only: what is paged out
+            // comes back with the file's bytes.
+            // It is only advice, which old kernels do not know.
+            let _ = unsafe { mm::madvise(address, end - start, mm::Advice::LinuxPageOut) };
+        }
     }
 }
 

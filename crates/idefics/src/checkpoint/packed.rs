@@ -191,6 +191,29 @@ impl PackedWeight {
         }
     }
 
+    /// As [`Weight::fetch_pages`], for codes and their scales.
+    pub fn fetch_pages(&self) {
+        let (codes, scales) = self.mapped();
+        codes.fetch_pages();
+        if let Some(scales) = scales {
+            scales.fetch_pages();
+        }
+    }
+
+    /// As [`Weight::evict_pages`], for the codes alone: scales are small.
+    pub fn evict_pages(&self) {
+        self.mapped().0.evict_pages();
+    }
+
+    /// What may lie in a file: codes, and scales that are numbers.
+    fn mapped(&self) -> (&Bytes, Option<&Weight>) {
+        match self {
+            Self::Nf4(Nf4Weight { codes, scales: Nf4Scales::Plain(scales), .. })
+            | Self::Q8(Q8Weight { codes, scales, .. }) => (codes, Some(scales)),
+            Self::Nf4(Nf4Weight { codes, .. }) => (codes, None),
+        }
+    }
+
     /// Counts the scales that are not finite; each spoils a block.
     pub fn count_non_finite(&self) -> NonFinite {
         match self {
@@ -241,6 +264,24 @@ impl LinearWeight {
         match self {
             Self::Dense(weight) => weight.bytes().len(),
             Self::Packed(weight) => weight.num_bytes(),
+        }
+    }
+}
+
+impl LinearWeight {
+    /// As [`Weight::fetch_pages`].
+    pub fn fetch_pages(&self) {
+        match self {
+            Self::Dense(weight) => weight.fetch_pages(),
+            Self::Packed(weight) => weight.fetch_pages(),
+        }
+    }
+
+    /// As [`Weight::evict_pages`].
+    pub fn evict_pages(&self) {
+        match self {
+            Self::Dense(weight) => weight.evict_pages(),
+            Self::Packed(weight) => weight.evict_pages(),
         }
     }
 }

@@ -66,6 +66,11 @@ pub(super) trait Storage: AsRef<[u8]> + Send + Sync {
     fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         None
     }
+
+    /// Brings some bytes into memory and waits for them, where they are not always there.
+    fn fetch(&self, _range: Range<usize>) {}
+    /// Lets go of the memory of some bytes at once, where they can be brought back.
+    fn evict(&self, _range: Range<usize>) {}
 }
 
 /// Who owns the bytes of a weight.
@@ -87,6 +92,16 @@ impl Bytes {
     /// As [`Weight::release_pages`].
     pub(super) fn release_pages(&self) {
         self.owner.release(self.range.clone());
+    }
+
+    /// As [`Weight::fetch_pages`].
+    pub(super) fn fetch_pages(&self) {
+        self.owner.fetch(self.range.clone());
+    }
+
+    /// As [`Weight::evict_pages`].
+    pub(super) fn evict_pages(&self) {
+        self.owner.evict(self.range.clone());
     }
 
     /// A weight of these bytes, which are as many as the shape says.
@@ -209,6 +224,16 @@ impl Weight {
     /// needed. Whoever walks through a model larger than the memory does it after each weight.
     pub fn release_pages(&self) {
         self.owner.release(self.range.clone());
+    }
+
+    /// Reads a mapped weight into memory, in large pieces, and waits until it is there.
+    pub fn fetch_pages(&self) {
+        self.owner.fetch(self.range.clone());
+    }
+
+    /// Drops the memory of a mapped weight at once, so that others may stay where they do not all fit.
+    pub fn evict_pages(&self) {
+        self.owner.evict(self.range.clone());
     }
 
     /// The elements, if they are `f32`.

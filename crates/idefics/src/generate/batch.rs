@@ -26,8 +26,8 @@ use super::{
 };
 use crate::processor::{ImageHash, PixelValues};
 
-/// Pictures that are read in one turn while nothing else has to go on. Enough rows for the products.
-const IMAGES_AT_ONCE: usize = 4;
+/// Waiting requests that are looked at in a turn.
+const LOOK_AHEAD: usize = 16;
 
 pub(crate) struct Batch<'a, M: StepModel> {
     model: &'a M,
@@ -147,8 +147,11 @@ impl<'a, M: StepModel> Batch<'a, M> {
     /// Starts waiting requests while there is room for them.
     fn start_waiting(&mut self, out: &mut Vec<Outcome>) {
         loop {
-            let waiting =
-                self.waiting.iter().map(|member| (self.expected_load(member, true), member.overtaken));
+            let waiting = self
+                .waiting
+                .iter()
+                .take(LOOK_AHEAD)
+                .map(|member| (self.expected_load(member, true), member.overtaken));
             let Some(index) = self.admission.choose(self.alive(), waiting) else { return };
             for overtaken in self.waiting.iter_mut().take(index) {
                 overtaken.overtaken += 1;
@@ -251,7 +254,7 @@ impl<'a, M: StepModel> Batch<'a, M> {
     /// Reads the next picture, or a few if nobody else has to wait for it.
     fn read_pictures(&mut self, out: &mut Vec<Outcome>) {
         let is_busy = self.running.iter().any(|member| member.group.is_loaded());
-        let limit = if is_busy { 1 } else { IMAGES_AT_ONCE };
+        let limit = if is_busy { 1 } else { self.scheduler.max_step_images.max(1) };
         let mut wanted: Vec<Arc<PixelValues>> = Vec::with_capacity(limit);
         let mut owner = None;
         while wanted.len() < limit {

@@ -84,6 +84,10 @@ pub struct GenerationConfig {
     pub repetition_penalty: f64,
     /// Above 1 makes tokens of the prompt more likely.
     pub encoder_repetition_penalty: f64,
+    /// Taken off the score of each token as often as the answer has it. Not an option of transformers: `OpenAI`'s.
+    pub frequency_penalty: f64,
+    /// Taken off the score of each token that the answer has. Not an option of transformers: `OpenAI`'s.
+    pub presence_penalty: f64,
     /// No n-gram of this size twice, prompt included; 0 is off.
     pub no_repeat_ngram_size: usize,
     /// No n-gram of this size that the prompt has; 0 is off.
@@ -178,6 +182,8 @@ impl Default for GenerationConfig {
             eta_cutoff: 0.0,
             repetition_penalty: 1.0,
             encoder_repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
             no_repeat_ngram_size: 0,
             encoder_no_repeat_ngram_size: 0,
             bad_words_ids: Vec::new(),
@@ -395,6 +401,8 @@ impl GenerationConfig {
         let positive = |x: f64| x > 0.0 && x <= MAX_FACTOR;
         number("repetition_penalty", self.repetition_penalty, positive, "in (0, 10000]")?;
         number("encoder_repetition_penalty", self.encoder_repetition_penalty, positive, "in (0, 10000]")?;
+        number("frequency_penalty", self.frequency_penalty, |x| x.abs() <= 100.0, "in [-100, 100]")?;
+        number("presence_penalty", self.presence_penalty, |x| x.abs() <= 100.0, "in [-100, 100]")?;
         number("length_penalty", self.length_penalty, |x| x.abs() <= 100.0, "in [-100, 100]")?;
         within("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, MAX_TOKENS)?;
         within("encoder_no_repeat_ngram_size", self.encoder_no_repeat_ngram_size, 0, MAX_TOKENS)?;

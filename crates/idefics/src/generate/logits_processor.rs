@@ -31,6 +31,12 @@ enum Rule {
         penalty: f32,
         prompt: Vec<u32>,
     },
+    /// Against tokens of the answer, which starts behind the prompt.
+    Frequency {
+        start: usize,
+        frequency: f32,
+        presence: f32,
+    },
     NoRepeatNgram {
         size: usize,
     },
@@ -76,6 +82,13 @@ impl LogitsProcessors {
         }
         if config.repetition_penalty != 1.0 {
             rules.push(Rule::Repetition { penalty: config.repetition_penalty as f32 });
+        }
+        if config.frequency_penalty != 0.0 || config.presence_penalty != 0.0 {
+            rules.push(Rule::Frequency {
+                start: lengths.prompt,
+                frequency: config.frequency_penalty as f32,
+                presence: config.presence_penalty as f32,
+            });
         }
         if config.no_repeat_ngram_size > 0 {
             rules.push(Rule::NoRepeatNgram { size: config.no_repeat_ngram_size });
@@ -167,6 +180,16 @@ impl Rule {
             }
             Self::Repetition { penalty } => penalize(scores, &distinct(history), *penalty),
             Self::PromptRepetition { penalty, prompt } => penalize(scores, prompt, *penalty),
+            // `mu[j] - c[j] * frequency - (c[j] > 0) * presence`, as the documentation of OpenAI's API has it.
+            Self::Frequency { start, frequency, presence } => {
+                let answer = history.get(*start..).unwrap_or_default();
+                for &id in answer {
+                    scores[id as usize] -= frequency;
+                }
+                for id in distinct(answer) {
+                    scores[id as usize] -= presence;
+                }
+            }
             Self::NoRepeatNgram { size } => {
                 if history.len() >= *size {
                     ban_completions(scores, history, history, *size);
@@ -324,6 +347,28 @@ mod tests {
             }
         }
         assert!(failures.is_empty(), "{}", failures.join("\n"));
+    }
+
+    #[test]
+    fn frequency_and_presence_count_the_answer_alone() {
+        // (frequency, presence) -> scores of tokens that the answer has 0, 1, 2 and 0 times.
+        for (frequency, presence, expected) in [
+            (0.5, 0.0, [1.0, 0.5, 0.0, 1.0]),
+            (0.0, 0.25, [1.0, 0.75, 0.75, 1.0]),
+            (0.5, 0.25, [1.0, 0.25, -0.25, 1.0]),
+            (-1.0, 0.0, [1.0, 2.0, 3.0, 1.0]),
+        ] {
+            let config = GenerationConfig {
+                frequency_penalty: frequency,
+                presence_penalty: presence,
+                ..GenerationConfig::default()
+            };
+            let lengths = Lengths { prompt: 2, min: 0, max: 9 };
+            let mut scores = [1.0; 4];
+            let rules = LogitsProcessors::new(&config, lengths, &[0, 3]);
+            rules.process(&[0, 3, 2, 1, 2], &mut scores, None).unwrap();
+            assert_eq!(scores, expected, "frequency {frequency}, presence {presence}");
+        }
     }
 
     /// `warpers.json`: four rows of scores, and what each class makes of them.

@@ -37,20 +37,22 @@ impl Memory {
         }
     }
 
-    /// Half of the memory that is free beside the weights of `model`.
+    /// Three quarters of the memory that is free beside the weights of `model`.
     pub fn available(model: &impl StepModel) -> Self {
         let free = available_bytes().unwrap_or(UNKNOWN);
         // Weights in a file are counted as free until they are read, and want to stay in memory then.
-        Self::of((free.saturating_sub(model.weight_bytes()) / 2).max(free / 8).max(LEAST))
+        Self::of((free.saturating_sub(model.weight_bytes()) / 4 * 3).max(free / 4).max(LEAST))
     }
 }
 
-/// Memory that a process can still get: of the machine, and of its control group.
-fn available_bytes() -> Option<usize> {
+/// Memory that a process can still get: of the machine, and of its control group; nothing where the system does not
+/// tell.
+pub fn available_bytes() -> Option<usize> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let machine = of_meminfo(&meminfo)?;
     let group = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok();
-    let left = left_in_group(group("memory.max"), group("memory.current"), group("memory.stat"));
+    let [max, current, stat] = ["memory.max", "memory.current", "memory.stat"].map(group);
+    let left = left_in_group(max.as_deref(), current.as_deref(), stat.as_deref());
     Some(left.map_or(machine, |left| left.min(machine)))
 }
 
@@ -61,10 +63,10 @@ fn of_meminfo(text: &str) -> Option<usize> {
 }
 
 /// What a control group has left, its page cache counted as free; none without a limit.
-fn left_in_group(max: Option<String>, current: Option<String>, stat: Option<String>) -> Option<usize> {
+fn left_in_group(max: Option<&str>, current: Option<&str>, stat: Option<&str>) -> Option<usize> {
     let max: usize = max?.trim().parse().ok()?;
     let current: usize = current?.trim().parse().ok()?;
-    let file = stat.as_deref().and_then(|stat| stat.lines().find_map(|line| line.strip_prefix("file ")));
+    let file = stat.and_then(|stat| stat.lines().find_map(|line| line.strip_prefix("file ")));
     let file: usize = file.and_then(|file| file.trim().parse().ok()).unwrap_or(0);
     Some(max.saturating_sub(current.saturating_sub(file)))
 }
@@ -84,9 +86,7 @@ mod tests {
 
     #[test]
     fn a_control_group_limits_it() {
-        let left = |max: &str, current: &str, stat: &str| {
-            left_in_group(Some(max.to_owned()), Some(current.to_owned()), Some(stat.to_owned()))
-        };
+        let left = |max, current, stat| left_in_group(Some(max), Some(current), Some(stat));
         assert_eq!(left("1000\n", "700\n", "anon 300\nfile 400\n"), Some(700));
         assert_eq!(left("1000\n", "700\n", ""), Some(300));
         assert_eq!(left("100\n", "700\n", ""), Some(0));

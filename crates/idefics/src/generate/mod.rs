@@ -35,12 +35,13 @@ mod warper;
 pub use answer::{Completion, Event, Generated, Timings, Usage};
 pub use config::{DEFAULT_NEW_TOKENS, EarlyStopping, GenerationConfig, Lengths, padded};
 pub use engine::{
-    Drain, Engine, EngineEvent, EngineOptions, Listener, Rejected, SharedProcessor, Submission, Ticket,
+    AnswerError, Drain, Engine, EngineEvent, EngineOptions, Listener, Rejected, SharedProcessor, Submission,
+    Ticket,
 };
 pub use error::GenerateError;
 pub use generation::{Generation, answer_each, generate, generate_requests};
 pub use logits_processor::{CustomProcessor, LogitsProcessors};
-pub use memory::Memory;
+pub use memory::{Memory, available_bytes};
 pub use request::Request;
 pub use sampler::{SequenceRng, TokenLogprob, argmax, log_softmax};
 pub use scheduler::Scheduler;

@@ -15,6 +15,8 @@ pub struct Scheduler {
     pub max_step_tokens: usize,
     /// Tokens of prompts in a step that also writes answers; bounds the pause between two tokens of an answer.
     pub prompt_tokens_beside_answers: usize,
+    /// Pictures that are read in one turn while no request has anything else to do; beside others it is one.
+    pub max_step_images: usize,
     /// Sequences alive at a time, beams and return sequences counted; bounds the memory of caches.
     pub max_sequences: usize,
 }
@@ -30,7 +32,12 @@ pub(crate) struct Demand {
 impl Default for Scheduler {
     /// For batches: as much as possible in each step.
     fn default() -> Self {
-        Self { max_step_tokens: 2048, prompt_tokens_beside_answers: 2048, max_sequences: 64 }
+        Self {
+            max_step_tokens: 2048,
+            prompt_tokens_beside_answers: 2048,
+            max_step_images: 4,
+            max_sequences: 64,
+        }
     }
 }
 
@@ -38,7 +45,7 @@ impl Scheduler {
     /// For people who wait: prompts are read in small portions while answers are written. From some tens of tokens
     /// on a step is bound by arithmetic, so that larger portions gain little.
     pub fn interactive() -> Self {
-        Self { max_step_tokens: 512, prompt_tokens_beside_answers: 64, max_sequences: 64 }
+        Self { max_step_tokens: 512, prompt_tokens_beside_answers: 64, max_step_images: 1, max_sequences: 64 }
     }
 
     /// Most steps until a prompt of `tokens` tokens is read beside `others` more prompts, whatever their length,

@@ -29,11 +29,20 @@ impl Decode for Tokenizer {
         // No decoder of the published tokenizers fails on ids; one that does shows it in the text.
         self.decode(token_ids, special).unwrap_or_else(|_| char::REPLACEMENT_CHARACTER.to_string())
     }
+
+    fn is_special(&self, token_id: u32) -> bool {
+        // Asked for every token of every prompt; decoding each would cost more than the sampling.
+        self.is_special_token(token_id)
+    }
 }
 
 impl Decode for Processor {
     fn decode(&self, token_ids: &[u32], skip_special: bool) -> String {
         Decode::decode(self.tokenizer().as_ref(), token_ids, skip_special)
+    }
+
+    fn is_special(&self, token_id: u32) -> bool {
+        self.tokenizer().is_special_token(token_id)
     }
 }
 

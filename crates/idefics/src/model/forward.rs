@@ -10,6 +10,7 @@ use super::{
     gated_cross_attention::{GatedCrossAttention, ImageRun, ImageView},
     loader::{Loader, Trained},
     perceiver::PerceiverResampler,
+    read_ahead::{Part, ReadAhead},
     unobserved,
     vision::VisionTransformer,
 };
@@ -36,6 +37,7 @@ pub struct Model {
     pub(super) norm: RmsNorm,
     pub(super) lm_head: DecoupledLmHead,
     pub(super) rotary: Arc<RotaryTable>,
+    read_ahead: Option<ReadAhead>,
 }
 
 impl Model {
@@ -68,6 +70,7 @@ impl Model {
                 config.rope_theta(),
                 config.max_position_embeddings,
             )),
+            read_ahead: None,
             config,
         })
     }
@@ -77,6 +80,30 @@ impl Model {
     pub fn with_other_sizes(mut self, other_sizes: OtherSizes) -> Self {
         self.other_sizes = other_sizes;
         self
+    }
+
+    /// Reads mapped weights ahead of the layers that need them, and lets those behind the first `resident_bytes` of
+    /// a step go again: for a model that is larger than the memory. Numbers do not depend on it.
+    #[must_use]
+    pub fn with_read_ahead(mut self, resident_bytes: u64) -> Self {
+        let mut parts: Vec<Part> = (0..self.layers.len())
+            .map(|index| {
+                let block = index.is_multiple_of(self.config.cross_layer_interval);
+                let block =
+                    block.then(|| &self.gated_cross_attn_layers[index / self.config.cross_layer_interval]);
+                part(block.into_iter().flat_map(|block| block.linears()).chain(self.layers[index].linears()))
+            })
+            .collect();
+        parts.push(part(self.lm_head.linears()));
+        self.read_ahead = Some(ReadAhead::start(parts, resident_bytes));
+        self
+    }
+
+    /// Says that a part of a step begins: a layer by its index, behind the last the head.
+    fn reach(&self, part: usize) {
+        if let Some(read_ahead) = &self.read_ahead {
+            read_ahead.reach(part);
+        }
     }
 
     /// The configuration the model was built by.
@@ -156,6 +183,7 @@ impl Model {
         let mut x = self.embed_tokens.forward(&token_ids)?; // [T, D]
         observe(Stage::Embeddings, &x);
         for (index, layer) in self.layers.iter().enumerate() {
+            self.reach(index);
             if index.is_multiple_of(self.config.cross_layer_interval) {
                 let block = index / self.config.cross_layer_interval;
                 x = self.gated_cross_attn_layers[block].forward(self.ctx, &x, &view, observe)?;
@@ -182,6 +210,7 @@ impl Model {
 
     /// Hidden states `[n, D]` to logits `[n, V + A]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        self.reach(self.layers.len());
         Ok(self.lm_head.forward(self.ctx, hidden)?)
     }
 
@@ -229,6 +258,12 @@ impl Model {
         }
         Ok(ImageView { rows: seeing.into(), runs })
     }
+}
+
+fn part<'a>(linears: impl Iterator<Item = &'a Linear>) -> Part {
+    let weights: Vec<_> = linears.map(|linear| linear.weight().clone()).collect();
+    let bytes = weights.iter().map(|weight| weight.num_bytes() as u64).sum();
+    Part { weights, bytes }
 }
 
 impl StepModel for Model {

@@ -14,6 +14,7 @@ mod loader;
 mod mlp;
 mod observe;
 mod perceiver;
+mod read_ahead;
 mod sizes;
 mod training;
 mod vision;

@@ -145,14 +145,13 @@ impl Model {
             options.z_loss,
             Some(options.gradient_scale),
         )?;
-        let gradient = gradient.expect("a gradient was asked for");
         drop(hidden);
 
-        let mut dy = only(segment.backward(&gradient)?); // [T, D]
+        let mut dy = only(segment.backward(&asked_for(gradient))?); // [T, D]
         let mut image_gradient: Option<Tensor> = None; // [ΣL, E]
         for (segment, reads_images) in segments.into_iter().rev() {
             let mut gradients = segment.backward(&dy)?.into_iter();
-            dy = gradients.next().expect("a segment has an input");
+            dy = asked_for(gradients.next());
             if let Some(gradient) = gradients.next().filter(|_| reads_images && images_trained) {
                 image_gradient = Some(match image_gradient {
                     Some(sum) => ops::add(&sum, &gradient)?,
@@ -290,6 +289,11 @@ impl Packed {
     }
 }
 
+/// A gradient that there is by construction: of the loss where a scale is given, of the first input of a segment.
+fn asked_for(gradient: Option<Tensor>) -> Tensor {
+    gradient.expect("a gradient that was asked for is there")
+}
+
 /// The pictures of a batch on their way to the text model.
 struct ImageTape<'a> {
     model: &'a Model,
@@ -335,7 +339,7 @@ impl<'a> ImageTape<'a> {
     fn backward(self, mut dy: Tensor) -> ops::Result<()> {
         if let (Some(segment), Some(perceiver)) = (self.perceiver, &self.model.perceiver) {
             let mut gradients = segment.backward(&dy)?.into_iter();
-            dy = gradients.next().expect("the context is the first input");
+            dy = asked_for(gradients.next());
             if let Some(latents) = gradients.next() {
                 perceiver.latents().add_gradient(&latents)?;
             }

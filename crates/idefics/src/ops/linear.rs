@@ -124,6 +124,11 @@ impl Linear {
         self.weight.num_bytes()
     }
 
+    /// The weight, whose clone shares its bytes.
+    pub fn weight(&self) -> &LinearWeight {
+        &self.weight
+    }
+
     /// The width of the output, `N`.
     pub fn out_features(&self) -> usize {
         self.weight.shape()[0]

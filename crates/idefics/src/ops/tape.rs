@@ -7,10 +7,13 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Var};
 
 use super::{Result, Tensor};
 
+/// What a segment computes from its inputs.
+type Run<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
+
 /// One layer, or a few, with inputs that gradients are asked for.
 pub struct Segment<'a> {
     inputs: Vec<Var>,
-    run: Box<dyn Fn(&[Tensor]) -> Result<Tensor> + 'a>,
+    run: Box<Run<'a>>,
     /// The output with its tape, if it was kept.
     output: Option<Tensor>,
 }

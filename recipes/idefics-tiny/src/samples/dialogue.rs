@@ -31,7 +31,7 @@ fn answer(sample: &mut Sample, question: &str, answer: &str) {
 pub(super) fn single(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let thing = maker.any(rng);
     let variation = variation(rng);
-    let scene = maker.alone(rng, thing, variation)?;
+    let scene = Maker::alone(rng, thing, variation)?;
     let mut kinds = vec![
         Question::Caption,
         Question::Color,
@@ -147,7 +147,7 @@ pub(super) fn two_pictures(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample
     let first = maker.any(rng);
     let second = maker.other(rng, &[first]);
     let (a, b) = (variation(rng), variation(rng));
-    let (a, b) = (maker.alone(rng, first, a)?.jpeg, maker.alone(rng, second, b)?.jpeg);
+    let (a, b) = (Maker::alone(rng, first, a)?.jpeg, Maker::alone(rng, second, b)?.jpeg);
     let mut sample = Sample::default();
     user(&mut sample, true);
     if rng.random_bool(0.3) {
@@ -188,7 +188,7 @@ pub(super) fn story(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     sample.text(if base { "Instruction: Use the image to write a story.\n" } else { "User:" });
     for thing in &things {
         let variation = variation(rng);
-        let scene = maker.alone(rng, thing, variation)?;
+        let scene = Maker::alone(rng, thing, variation)?;
         sample.picture(scene.jpeg);
     }
     let told = tell(rng, &things);

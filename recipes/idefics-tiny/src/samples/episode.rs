@@ -71,7 +71,7 @@ pub(super) fn episode(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let mut sample = Sample::default();
     for (position, candidate) in order.into_iter().enumerate() {
         let variation = variation(rng);
-        let scene = maker.alone(rng, things[candidate], variation)?;
+        let scene = Maker::alone(rng, things[candidate], variation)?;
         let is_example = invented && position < candidates;
         let name = &names[candidate];
         let name =

@@ -23,9 +23,14 @@ pub(super) fn text(maker: &Maker, rng: &mut ChaCha8Rng) -> Sample {
             for _ in 0..rng.random_range(2..6) {
                 let Some((words, gloss)) = maker.wordnet.glosses.choose(rng) else { break };
                 let word = words.choose(rng).map_or("", String::as_str);
-                page.push_str(&format!("{}: {}.", capital(word), gloss.definition));
+                page += &capital(word);
+                page += ": ";
+                page += &gloss.definition;
+                page.push('.');
                 for example in &gloss.examples {
-                    page.push_str(&format!(" {}.", capital(example)));
+                    page.push(' ');
+                    page += &capital(example);
+                    page.push('.');
                 }
                 page.push('\n');
             }

@@ -135,7 +135,7 @@ impl Maker {
     }
 
     /// One thing in a picture of its own.
-    pub(crate) fn alone(&self, rng: &mut ChaCha8Rng, thing: &Thing, variation: Variation) -> Result<Scene> {
+    pub(crate) fn alone(rng: &mut ChaCha8Rng, thing: &Thing, variation: Variation) -> Result<Scene> {
         let picture = thing.pictures.choose(rng).context("a thing without a picture")?;
         let place = Place::alone(rng, variation);
         compose(rng, &[(picture, place)], variation)
@@ -230,7 +230,7 @@ fn write_shard(path: &Path, samples: impl Iterator<Item = Result<Sample>>) -> Re
             append(&mut tar, &format!("{number:05}.{index}.jpg"), picture)?;
         }
     }
-    tar.into_inner()?.into_inner().map_err(|error| error.into_error())?.sync_all()?;
+    tar.into_inner()?.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
     fs::rename(&partial, path)?;
     Ok(())
 }

@@ -120,7 +120,7 @@ pub(super) fn variation(rng: &mut ChaCha8Rng) -> Variation {
 pub(super) fn base(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let thing = maker.any(rng);
     let variation = variation(rng);
-    let scene = maker.alone(rng, thing, variation)?;
+    let scene = Maker::alone(rng, thing, variation)?;
     let name = with_article(&thing.name);
     let mut sample = Sample::default();
     match rng.random_range(0..6) {

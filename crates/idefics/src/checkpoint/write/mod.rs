@@ -212,15 +212,14 @@ pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, WriteError>
 
 /// `config.json` of a model in that element type, as transformers writes it.
 pub fn config_json(config: &IdeficsConfig, dtype: DType) -> Value {
-    let mut value =
-        serde_json::to_value(config).expect("a configuration holds nothing that JSON has no form for");
-    value["architectures"] = json!(["IdeficsForVisionText2Text"]);
-    value["model_type"] = json!("idefics");
-    if let Some(object) = value.as_object_mut() {
-        object.remove("torch_dtype");
-        object.insert("dtype".to_owned(), json!(super::torch_name(dtype)));
-    }
-    value
+    let Ok(Value::Object(mut object)) = serde_json::to_value(config) else {
+        unreachable!("a configuration is an object of numbers and texts")
+    };
+    object.remove("torch_dtype");
+    object.insert("architectures".to_owned(), json!(["IdeficsForVisionText2Text"]));
+    object.insert("model_type".to_owned(), json!("idefics"));
+    object.insert("dtype".to_owned(), json!(super::torch_name(dtype)));
+    Value::Object(object)
 }
 
 #[cfg(test)]

@@ -6,12 +6,14 @@
 //!
 //! - **Its start**: there is a place when earlier requests leave one in memory and among the sequences; requests
 //!   that fit may overtake one that does not, but only [`Memory::overtakes`] times.
-//! - **Its pictures**: one is read in a turn while others have work, each time for the request that had fewest.
-//!   `m` pictures beside `k - 1` other requests are read after at most `k * m` turns.
+//! - **Its pictures**: one is read in a turn ([`Scheduler::max_step_images`] where nobody else has work), each time
+//!   for the request that had fewest. `m` pictures beside `k - 1` other requests are read after at most `k * m`
+//!   turns.
 //! - **Its first token**: [`Scheduler::steps_to_read`] steps later, whatever the length of other prompts.
 //! - **Its next token**: the next step, unless memory has run out and it came last.
 //! - **Its cancellation**: the present picture or step.
 
+mod list;
 mod worker;
 
 use std::{
@@ -29,6 +31,8 @@ use super::{
     request::width, stats::Counters,
 };
 use crate::SequenceInputs;
+
+pub use list::AnswerError;
 
 /// Answers requests until it is shut down or dropped, which ends what runs.
 pub struct Engine<M> {
@@ -259,6 +263,22 @@ impl<M: StepModel + Send + Sync + 'static> Engine<M> {
             return Err(Rejected::NeverFits { needed, limit: self.memory.bytes });
         }
         Ok(lengths)
+    }
+
+    /// The longest answer that these inputs leave room for, in positions of the model and in memory; 0 if there is
+    /// none. What to ask for when a client names no length.
+    pub fn longest_answer(&self, inputs: &SequenceInputs, config: &GenerationConfig) -> usize {
+        let prompt = inputs.token_ids.len();
+        let fits =
+            |answer: &usize| self.bytes_needed(inputs, config, prompt + answer - 1) <= self.memory.bytes;
+        let positions = self.model.max_positions().saturating_sub(prompt);
+        // Bytes grow with tokens, so the answers that fit come first.
+        let (mut fitting, mut beyond) = (0, positions + 1);
+        while beyond - fitting > 1 {
+            let middle = fitting.midpoint(beyond);
+            if fits(&middle) { fitting = middle } else { beyond = middle }
+        }
+        fitting
     }
 
     /// Bytes of the request with sequences of `tokens` tokens.

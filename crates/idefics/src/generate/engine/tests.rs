@@ -1,9 +1,6 @@
-use std::{
-    sync::{
-        atomic::AtomicUsize,
-        mpsc::{self, Receiver},
-    },
-    time::Instant,
+use std::sync::{
+    atomic::AtomicUsize,
+    mpsc::{self, Receiver},
 };
 
 use super::*;
@@ -135,7 +132,7 @@ fn requests_that_cannot_be_answered_are_refused_with_the_reason() {
         let listener = |_| panic!("a request that is refused hears nothing");
         engine.submit(Submission::new(inputs, config, listener)).unwrap_err()
     };
-    assert!(matches!(refuse(prompt(&[1; 1 << 16], None), answer_of(1)), Rejected::TooLong(_)));
+    assert!(matches!(refuse(prompt(&vec![1; 1 << 16], None), answer_of(1)), Rejected::TooLong(_)));
     let short = GenerationConfig { max_length: Some(2), ..Default::default() };
     assert!(matches!(refuse(prompt(&[1, 2], None), short), Rejected::TooLong(_)));
     let needs = |inputs, config| match refuse(inputs, config) {
@@ -152,6 +149,16 @@ fn requests_that_cannot_be_answered_are_refused_with_the_reason() {
     let blind = SequenceInputs { images: Vec::new(), ..prompt(&[1, 2], Some(1.0)) };
     let error = refuse(blind, answer_of(1));
     assert!(matches!(error, Rejected::Invalid(GenerateError::UnknownImage { index: 0, images: 0, .. })));
+
+    for (inputs, config, expected) in [
+        (prompt(&[1, 2], None), answer_of(1), 99),
+        (prompt(&[1, 2], Some(1.0)), answer_of(1), 89),
+        (prompt(&[1, 2], None), GenerationConfig { num_return_sequences: 3, ..answer_of(1) }, 32),
+        (prompt(&[1; 101], None), answer_of(1), 0),
+        (prompt(&vec![1; 1 << 16], None), answer_of(1), 0),
+    ] {
+        assert_eq!(engine.longest_answer(&inputs, &config), expected, "{config:?}");
+    }
 
     let go = hold(&engine);
     let (_waiting, events) = submit(&engine, prompt(&[1], None), answer_of(1));
@@ -286,9 +293,7 @@ fn it_works_in_a_pool_of_the_caller_s_and_ends_with_its_last_handle() {
     let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap());
     let engine = engine(EngineOptions { pool: Some(pool), ..Default::default() });
     let (ticket, events) = submit(&engine, prompt(&[1, 2], None), answer_of(60_000));
-    let started = Instant::now();
     drop(engine);
     assert_eq!(end(&events).unwrap().sequences[0].finish_reason, FinishReason::Cancelled);
-    assert!(started.elapsed() < Duration::from_secs(60), "it did not run to the end");
     drop(ticket);
 }

@@ -113,7 +113,7 @@ fn without_leading_space(text: String, at_start: &mut bool) -> String {
 }
 
 /// The byte that a token like `<0x0A>` stands for.
-fn byte_of(token: &str) -> Option<u8> {
+pub(super) fn byte_of(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
     (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok())?
 }

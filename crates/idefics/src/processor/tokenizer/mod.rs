@@ -127,6 +127,31 @@ impl Tokenizer {
         self.inner.decode(ids, skip).map_err(|e| TokenizerError::Decode(e.to_string()))
     }
 
+    /// The ids of a text and where each stands in it, in characters. A token that stands for nothing of the text,
+    /// such as the `▁` in front, stands at an empty place.
+    pub fn encode_with_places(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>, TokenizerError> {
+        let encoding =
+            self.inner.encode_char_offsets(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let places = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+        Ok(encoding.get_ids().iter().copied().zip(places).collect())
+    }
+
+    /// What a token stands for in the midst of a text: its spaces are spaces, and a byte token is its byte, which
+    /// may be a part of a character. Special tokens are spelled; ids beyond the vocabulary stand for nothing.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.visible_token(id, SpecialTokenText::Keep) else { return Vec::new() };
+        if !self.legacy_llama {
+            return token.into_bytes();
+        }
+        detokenize::byte_of(&token).map_or_else(|| token.replace('▁', " ").into_bytes(), |byte| vec![byte])
+    }
+
+    /// Whether a token is a special one.
+    pub fn is_special_token(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        added.simple_id_to_token(id).is_some_and(|token| added.is_special_token(&token))
+    }
+
     /// The token as the decoder sees it, or nothing if it has no text.
     fn visible_token(&self, id: u32, special: SpecialTokenText) -> Option<String> {
         let added = self.inner.get_added_vocabulary();

@@ -296,3 +296,25 @@ fn other_tokenizers_are_used_as_their_file_says() {
     );
     check_streams_equal_whole(&tokenizer, |random| random.random_range(0..12));
 }
+
+#[test]
+fn single_tokens_are_spelled_and_placed() {
+    let tokenizer = Tokenizer::from_dir(&instruct()).unwrap();
+    let bytes = |id| String::from_utf8_lossy(&tokenizer.token_bytes(id)).into_owned();
+    // Ids of `GOLDEN`: " User", ":", " ", newline, the first byte of an emoji.
+    for (id, expected) in [(4911, " User"), (29901, ":"), (29871, " "), (13, "\n"), (1, "<s>"), (99_999, "")]
+    {
+        assert_eq!(bytes(id), expected, "{id}");
+    }
+    assert_eq!(tokenizer.token_bytes(243), [0xf0]);
+    assert_eq!([1, 32000, 4911, 99_999].map(|id| tokenizer.is_special_token(id)), [true, true, false, false]);
+
+    let text = "<s>Usér: \u{1f642}";
+    let tokens = tokenizer.encode_with_places(text).unwrap();
+    let ids: Vec<u32> = tokens.iter().map(|(id, _)| *id).collect();
+    assert_eq!(ids, tokenizer.encode(text).unwrap());
+    assert_eq!(tokens[0], (1, 0..3));
+    let length = text.chars().count();
+    assert!(tokens.iter().all(|(_, place)| place.start <= place.end && place.end <= length), "{tokens:?}");
+    assert_eq!(tokens.last().unwrap().1.end, length);
+}

@@ -1,0 +1,274 @@
+//! Connections: accepting them, bounding them in number and time, and letting them end in peace.
+//!
+//! Not `axum::serve`, which has no limit on how slowly a client may send its head or take its answer.
+
+use std::{error::Error, future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    time::{sleep, timeout},
+};
+use tokio_io_timeout::TimeoutStream;
+
+use crate::{
+    options::ServerOptions,
+    router::router,
+    service::{Loaded, Service},
+    state::App,
+};
+
+/// Threads for connections and JSON; computing has threads of its own.
+const IO_THREADS: usize = 2;
+
+/// Blocking threads beside those for pictures: parsing of large requests.
+const PARSE_THREADS: usize = 4;
+
+/// A server that listens and has no model yet.
+pub struct Server {
+    app: Arc<App>,
+    listener: std::net::TcpListener,
+}
+
+/// Why the server ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The threads or signal handlers cannot be started.
+    #[error("cannot start the server")]
+    Start(#[source] io::Error),
+    /// There is no model.
+    #[error("cannot load the model")]
+    Load(#[source] Box<dyn Error + Send + Sync>),
+    /// The model is loaded and its forward pass fails.
+    #[error("the model was loaded, but it cannot answer: {0}")]
+    Unhealthy(String),
+    /// The sandbox was asked for and cannot be had.
+    #[error("cannot enter the sandbox: {0}")]
+    Sandbox(String),
+}
+
+impl Server {
+    /// Listens. Requests are answered with 503 from now on.
+    pub fn bind(options: ServerOptions) -> Result<Self, ServeError> {
+        let address = options.address;
+        let failed = |source| ServeError::Listen { address, source };
+        let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { app: Arc::new(App::new(options)), listener })
+    }
+
+    /// The address, with the port that was given where port 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.listener.local_addr().unwrap_or(self.app.options.address)
+    }
+
+    /// What the server shares with its requests.
+    #[cfg(test)]
+    pub(crate) fn app(&self) -> Arc<App> {
+        self.app.clone()
+    }
+
+    /// Loads the model and serves until the process is asked to end (SIGTERM, SIGINT), then lets running answers
+    /// finish.
+    pub fn run(
+        self,
+        load: impl FnOnce() -> Result<Loaded, Box<dyn Error + Send + Sync>> + Send + 'static,
+    ) -> Result<(), ServeError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(IO_THREADS)
+            .max_blocking_threads(self.app.options.limits.media_tasks + PARSE_THREADS)
+            .thread_name("http")
+            .enable_all()
+            .build()
+            .map_err(ServeError::Start)?;
+        let result = runtime.block_on(async {
+            let end = signal().map_err(ServeError::Start)?;
+            self.serve(load, end).await
+        });
+        // Whoever still decodes a picture does it for nobody.
+        runtime.shutdown_timeout(Duration::from_millis(100));
+        result
+    }
+
+    /// The same until `end`, on a runtime that is there.
+    pub(crate) async fn serve(
+        self,
+        load: impl FnOnce() -> Result<Loaded, Box<dyn Error + Send + Sync>> + Send + 'static,
+        end: impl Future<Output = ()>,
+    ) -> Result<(), ServeError> {
+        let app = self.app;
+        let address = app.options.address;
+        let listener =
+            TcpListener::from_std(self.listener).map_err(|source| ServeError::Listen { address, source })?;
+        let (stop, stopped) = watch::channel(());
+        let accepting = tokio::spawn(accept(app.clone(), listener, stopped));
+        tokio::pin!(end);
+        let ready = async {
+            get_ready(&app, load).await?;
+            Ok(())
+        };
+        let result = tokio::select! {
+            result = ready => match result {
+                Ok(()) => {
+                    end.await;
+                    Ok(())
+                }
+                error => error,
+            },
+            () = &mut end => Ok(()),
+        };
+        drain(&app).await;
+        drop(stop);
+        // The loop has ended, and with it its connections, or it panicked, and there are none.
+        let _ = accepting.await;
+        result
+    }
+}
+
+/// From no model to one that has answered.
+async fn get_ready(
+    app: &Arc<App>,
+    load: impl FnOnce() -> Result<Loaded, Box<dyn Error + Send + Sync>> + Send + 'static,
+) -> Result<(), ServeError> {
+    let (sender, loaded) = tokio::sync::oneshot::channel();
+    // A thread of its own: it may take minutes, and nobody waits for it when the server is asked to end.
+    std::thread::Builder::new()
+        .name("load".to_owned())
+        .spawn(move || {
+            // Nobody waits any more if this fails.
+            let _ = sender.send(load());
+        })
+        .map_err(ServeError::Start)?;
+    let loaded = loaded
+        .await
+        .map_err(|_| ServeError::Load("loading ended in a panic".into()))?
+        .map_err(ServeError::Load)?;
+    let service = Arc::new(Service::new(loaded));
+    service.check_health().await.map_err(|error| ServeError::Unhealthy(error.to_string()))?;
+    #[cfg(target_os = "linux")]
+    {
+        use crate::sandbox::{Fetching, enter};
+        let fetching = if app.options.fetch.enabled { Fetching::On } else { Fetching::Off };
+        enter(app.options.sandbox, fetching).map_err(ServeError::Sandbox)?;
+    }
+    #[cfg(not(target_os = "linux"))]
+    if app.options.sandbox == crate::options::Sandbox::On {
+        return Err(ServeError::Sandbox("there is one on Linux only".to_owned()));
+    }
+    let model = service.card().id.clone();
+    app.set_ready(service);
+    tracing::info!(model, "ready");
+    Ok(())
+}
+
+/// Refuses new requests and waits for those that are there, as long as they may take.
+async fn drain(app: &App) {
+    app.set_draining();
+    let waiting = app.requests_in_progress();
+    tracing::info!(requests = waiting, "ending");
+    let idle = async {
+        while app.requests_in_progress() > 0 {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if timeout(app.options.limits.drain_timeout, idle).await.is_err() {
+        tracing::warn!(requests = app.requests_in_progress(), "answers cut off");
+    }
+    if let Some(service) = app.loaded() {
+        service.backend().stop();
+    }
+}
+
+/// Accepts until told to stop, then lets connections end.
+async fn accept(app: Arc<App>, listener: TcpListener, mut stopped: watch::Receiver<()>) {
+    let router = router(&app);
+    let limits = &app.options.limits;
+    let places = Arc::new(Semaphore::new(limits.connections));
+    let graceful = GracefulShutdown::new();
+    loop {
+        let place = tokio::select! {
+            place = places.clone().acquire_owned() => place.expect("the semaphore is never closed"),
+            _ = stopped.changed() => break,
+        };
+        let stream = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of file descriptors, most likely: time heals it.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+            _ = stopped.changed() => break,
+        };
+        let connection = graceful.watch(connection(&app, stream, router.clone()));
+        tokio::spawn(async move {
+            // Errors here are the client's: gone, too slow, not HTTP.
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection");
+            }
+            drop(place);
+        });
+    }
+    drop(listener);
+    let _ = timeout(Duration::from_secs(5), graceful.shutdown()).await;
+}
+
+type Io = TokioIo<std::pin::Pin<Box<TimeoutStream<TcpStream>>>>;
+
+fn connection(
+    app: &App,
+    stream: TcpStream,
+    router: Router,
+) -> http1::Connection<Io, TowerToHyperService<Router>> {
+    // Tokens are small and wanted at once. Where it cannot be had, they come a little later.
+    let _ = stream.set_nodelay(true);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(app.options.limits.write_timeout));
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(app.options.limits.read_timeout)
+        .max_buf_size(64 << 10)
+        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router))
+}
+
+/// Ends when the process is asked to.
+#[cfg(unix)]
+fn signal() -> io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+#[cfg(not(unix))]
+fn signal() -> io::Result<impl Future<Output = ()>> {
+    Ok(async {
+        // Without a handler there is no signal to wait for.
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    })
+}
