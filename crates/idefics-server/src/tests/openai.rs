@@ -446,7 +446,8 @@ async fn completions_take_every_form_of_prompt() {
 #[tokio::test]
 async fn completions_stream_all_prompts_at_once() {
     let server = TestServer::new();
-    let request = json!({"prompt": ["Hello", "Other words"], "max_tokens": 5, "logprobs": 2, "n": 2});
+    let request =
+        json!({"prompt": ["Hello", "Other words"], "max_tokens": 5, "logprobs": 2, "n": 2, "seed": 7});
     let whole = server.post("/v1/completions", &request).await.json();
     let mut streamed = request;
     streamed["stream"] = json!(true);
