@@ -3,7 +3,7 @@
 //! [`Server::bind`] listens at once and says 503 until [`Server::run`] has got a model. A request goes through
 //! these stations: connection (`listen`: time limits, number) → observation (`observe`: request id, log line,
 //! metrics) → rules (`gate`: host, API key, readiness, places) → a dialect (`openai`, `tgi`: JSON to prompt and
-//! options) → [`service`] (pictures decoded off the async threads, request handed to the engine) → events back
+//! options) → `service` (pictures decoded off the async threads, request handed to the engine) → events back
 //! through the dialect. Dropping anything on the way cancels what lies behind it.
 //!
 //! This crate sees no tensor: it knows the engine as a [`Backend`].

@@ -3,7 +3,7 @@
 //! A text model and a vision tower are taken as they are: the text model's logits for a prompt without pictures and
 //! the tower's features stay the same, exactly, as long as the gates start at zero. Keys and values that several heads
 //! share are repeated for each (IDEFICS-1 has plain multi-head attention), which changes nothing either. Everything
-//! else is drawn by the rules of the original training code, m4 (see [`rules`]).
+//! else is drawn by the rules of the original training code, m4 (see `rules`).
 //!
 //! Surprising: transformers before 5.17 computes IDEFICS's rotary embedding with base 10000, whatever the text model
 //! had. The base is written to `rope_parameters`, which newer versions and this library follow.
