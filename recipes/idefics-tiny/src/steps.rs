@@ -37,8 +37,17 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    pub(crate) const ORDER: [Self; 5] =
-        [Self::Fetch, Self::Render, Self::Vision, Self::Language, Self::Samples];
+    pub(crate) const ORDER: [Self; 9] = [
+        Self::Fetch,
+        Self::Render,
+        Self::Vision,
+        Self::Language,
+        Self::Samples,
+        Self::Init,
+        Self::Train,
+        Self::Quantize,
+        Self::Eval,
+    ];
 
     fn name(self) -> String {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()

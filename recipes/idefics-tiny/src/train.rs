@@ -39,6 +39,9 @@ pub(crate) fn init(folders: &Folders) -> Result<()> {
         "2",
         "--alpha-type",
         "vector",
+        // Open from the start: from zero, gates of so short a training never open far enough for pictures to matter.
+        "--alpha-initializer",
+        "ones",
         "--resampler-n-latents",
         "24",
         "--resampler-depth",

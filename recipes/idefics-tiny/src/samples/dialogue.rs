@@ -27,7 +27,7 @@ fn answer(sample: &mut Sample, question: &str, answer: &str) {
     sample.text(format!("{question}{END}\nAssistant:")).answer(format!(" {answer}{END}"));
 }
 
-/// Up to four questions about one thing; the name first more often than not.
+/// Two to five questions about one thing; the name first more often than not.
 pub(super) fn single(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let thing = maker.any(rng);
     let variation = variation(rng);
@@ -43,7 +43,7 @@ pub(super) fn single(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     ];
     kinds.shuffle(rng);
     kinds.insert(if rng.random_bool(0.65) { 0 } else { rng.random_range(0..3) }, Question::Name);
-    kinds.truncate(rng.random_range(1..=4));
+    kinds.truncate(rng.random_range(2..=5));
     let mut sample = Sample::default();
     let mut first = true;
     for kind in kinds {
