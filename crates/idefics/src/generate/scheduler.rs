@@ -45,7 +45,7 @@ impl Scheduler {
     /// For people who wait: prompts are read in small portions while answers are written. From some tens of tokens
     /// on a step is bound by arithmetic, so that larger portions gain little.
     pub fn interactive() -> Self {
-        Self { max_step_tokens: 512, prompt_tokens_beside_answers: 64, max_step_images: 1, max_sequences: 64 }
+        Self { max_step_tokens: 128, prompt_tokens_beside_answers: 64, max_step_images: 1, max_sequences: 64 }
     }
 
     /// Most steps until a prompt of `tokens` tokens is read beside `others` more prompts, whatever their length,

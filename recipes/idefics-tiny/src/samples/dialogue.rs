@@ -27,6 +27,17 @@ fn answer(sample: &mut Sample, question: &str, answer: &str) {
     sample.text(format!("{question}{END}\nAssistant:")).answer(format!(" {answer}{END}"));
 }
 
+/// What one thing is, and nothing else.
+pub(super) fn name(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
+    let thing = maker.any(rng);
+    let variation = variation(rng);
+    let scene = Maker::alone(rng, thing, variation)?;
+    let mut sample = Sample::default();
+    user(&mut sample, true).picture(scene.jpeg);
+    answer(&mut sample, "What is this?", &sentence(&thing.name));
+    Ok(sample)
+}
+
 /// Two to five questions about one thing; the name first more often than not.
 pub(super) fn single(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let thing = maker.any(rng);

@@ -156,9 +156,11 @@ impl Maker {
         if kind == Kind::Text {
             return Ok(facts::text(self, rng));
         }
-        // What names and describes comes first; what leans on it later.
-        let kinds = if kind == Kind::Naming { 78 } else { 100 };
-        match rng.random_range(0..kinds) {
+        // Names come first: among other tokens the few that need the picture are lost.
+        if kind == Kind::Naming {
+            return dialogue::name(self, rng);
+        }
+        match rng.random_range(0..100) {
             0..48 => dialogue::single(self, rng),
             48..60 => single::base(self, rng),
             60..66 => dialogue::two_things(self, rng),
@@ -175,7 +177,7 @@ impl Maker {
 /// The sets that the stages of training read.
 pub(crate) const PLANS: [Plan; 4] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
-    Plan { name: "blocks", kind: Kind::Naming, samples: 20_000, seed: 2 },
+    Plan { name: "blocks", kind: Kind::Naming, samples: 60_000, seed: 2 },
     Plan { name: "joint", kind: Kind::Joint, samples: 100_000, seed: 3 },
     Plan { name: "finish", kind: Kind::Joint, samples: 30_000, seed: 4 },
 ];
@@ -194,7 +196,7 @@ pub(crate) fn samples(folders: &Folders) -> Result<()> {
 pub(crate) enum Kind {
     /// The language model alone.
     Text,
-    /// Pictures of one or two things, and what they are.
+    /// Pictures of one thing, and its name.
     Naming,
     /// Every skill.
     Joint,
