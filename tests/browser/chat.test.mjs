@@ -47,6 +47,7 @@ chatTest("pictures stay in their place in the text, picked, dropped and pasted",
   const answer = await lastAnswer(page);
   assert.deepEqual(kinds(server.requests[0]), ["Is", "image/jpeg", "older than", "image/png;", "or", "image/bmp;", "?"]);
   assert.ok(answer.startsWith("I see “Is” [image/jpeg]"), answer);
+  assert.equal(await page.locator("#title").innerText(), "Is … older than … or … ?");
   const sent = Buffer.from(server.requests[0].messages.at(-1).content[1].image_url.url.split(",")[1], "base64");
   assert.deepEqual(sent, readFileSync(fixture("444.jpg")), "a small picture is sent as it is");
   await page.waitForFunction(() => [...document.querySelectorAll(".picture img")].every((image) => image.complete && image.naturalWidth));
@@ -482,6 +483,11 @@ chatTest(
     await screenshot(page, "desktop dark settings");
     await page.selectOption("#field-theme", "light");
     assert.equal(await paper(), "rgb(251, 250, 248)");
+    await page.selectOption("#field-theme", "dark");
+    await page.click("#settings >> text=Done");
+    await say(page, "busy?");
+    await page.waitForSelector(".failure");
+    await screenshot(page, "desktop dark error");
   },
   { browser: { colorScheme: "dark" } },
 );
@@ -508,6 +514,16 @@ chatTest(
     await page.waitForTimeout(300);
     await page.tap("#open-settings");
     await screenshot(page, "phone settings");
+    const done = await page.locator("#settings >> text=Done").boundingBox();
+    assert.ok(done.y + done.height <= PHONE.height, `it can be left without scrolling: ${done.y}`);
+    await page.selectOption("#field-theme", "dark");
+    await page.tap("#settings >> text=Done");
+    await page.tap("#composer");
+    await page.keyboard.type("busy?");
+    await page.tap("#send");
+    await page.waitForSelector(".failure");
+    await page.waitForTimeout(300);
+    await screenshot(page, "phone dark error");
     const width = await page.evaluate(() => document.documentElement.scrollWidth);
     assert.ok(width <= PHONE.width, `nothing is wider than the screen: ${width}`);
   },

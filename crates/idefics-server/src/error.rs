@@ -43,7 +43,10 @@ pub(crate) enum Kind {
     MediaType,
     Unprocessable,
     Overloaded,
+    /// The model failed.
     Internal,
+    /// The server failed, around the model.
+    Panicked,
     Unavailable,
 }
 
@@ -77,7 +80,7 @@ impl Kind {
             Self::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Unprocessable => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Overloaded => StatusCode::TOO_MANY_REQUESTS,
-            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Internal | Self::Panicked => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
@@ -89,7 +92,7 @@ impl Kind {
             Self::Forbidden => "permission_error",
             Self::NotFound => "not_found_error",
             Self::Overloaded => "rate_limit_error",
-            Self::Internal => "server_error",
+            Self::Internal | Self::Panicked => "server_error",
             Self::Unavailable => "service_unavailable_error",
             _ => "invalid_request_error",
         }
@@ -100,6 +103,7 @@ impl Kind {
         match self {
             Self::Overloaded | Self::Unavailable => "overloaded",
             Self::Internal => "generation",
+            Self::Panicked => "incomplete_generation",
             Self::Unauthorized | Self::Forbidden => "unauthorized",
             Self::NotFound | Self::MethodNotAllowed => "not_found",
             _ => "validation",
@@ -122,6 +126,12 @@ impl ApiError {
     pub(crate) fn unsupported(param: impl Into<String>, what: &str) -> Self {
         Self::field(param, format_args!("{what} is not supported by this server"))
             .code("unsupported_parameter")
+    }
+
+    /// A promise inside was broken while a request was handled; called where that is noticed.
+    pub(crate) fn panicked() -> Self {
+        tracing::error!("a request handler panicked");
+        Self::new(Kind::Panicked, "the server failed")
     }
 
     pub(crate) fn code(self, code: &'static str) -> Self {
@@ -277,6 +287,7 @@ mod tests {
             (Kind::Unprocessable, 422, 422),
             (Kind::Overloaded, 429, 429),
             (Kind::Internal, 500, 424),
+            (Kind::Panicked, 500, 500),
             (Kind::Unavailable, 503, 503),
         ] {
             let error = ApiError::new(kind, "x");

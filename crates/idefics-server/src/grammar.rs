@@ -22,6 +22,10 @@ use crate::error::ApiError;
 /// Larger schemas are refused.
 const MAX_BYTES: usize = 64 << 10;
 
+/// What may stand between two parts of JSON. Without a bound a model that sees nothing likelier writes white space
+/// until its answer is cut off. llama.cpp draws the same line.
+const SPACE: &str = r"[ ]|\n[ \t]{0,20}";
+
 /// A form, as a request has it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum AnswerForm {
@@ -92,7 +96,7 @@ impl Vocabulary {
             return Err(ApiError::field(param, format_args!("expected at most {MAX_BYTES} bytes")));
         }
         let grammar = match form {
-            AnswerForm::Json(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
+            AnswerForm::Json(schema) => TopLevelGrammar::from_json_schema(with_bounded_space(schema.clone())),
             AnswerForm::Regex(pattern) => TopLevelGrammar::from_regex(pattern),
         };
         let start = Matcher::new(self.0.create_parser(grammar));
@@ -106,6 +110,14 @@ impl Vocabulary {
             }
         }
     }
+}
+
+/// The schema with [`SPACE`], unless it has such options of its own: the parser reads them from this field.
+fn with_bounded_space(mut schema: Value) -> Value {
+    if let Value::Object(fields) = &mut schema {
+        fields.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": SPACE}));
+    }
+    schema
 }
 
 impl Grammar {
@@ -227,6 +239,19 @@ mod tests {
             );
             assert!(digit.len() == 1 && digit.bytes().all(|it| it.is_ascii_digit()), "{text}");
         }
+    }
+
+    #[test]
+    fn white_space_comes_to_an_end() {
+        let processor = processor();
+        let is_space = |id: &u32| processor.tokenizer().token_bytes(*id).iter().all(u8::is_ascii_whitespace);
+        // As much of it as may be.
+        let mut choose = |allowed: &[u32]| *allowed.iter().find(|id| is_space(id)).unwrap_or(&allowed[0]);
+        let schema = json!({"type": "object", "additionalProperties": false, "required": ["seen"],
+            "properties": {"seen": {"const": "cat"}}});
+        let text = write(&processor, &AnswerForm::Json(schema), &mut choose);
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), json!({"seen": "cat"}));
+        assert!(text.len() > 40 && text.len() <= 15 + 4 * 21, "{text:?}");
     }
 
     #[test]

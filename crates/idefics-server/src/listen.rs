@@ -172,8 +172,9 @@ async fn get_ready(
         return Err(ServeError::Sandbox("there is one on Linux only".to_owned()));
     }
     let model = service.card().id.clone();
+    let cache_mib = service.backend().stats().cache_limit >> 20;
     app.set_ready(service);
-    tracing::info!(model, "ready");
+    tracing::info!(model, cache_mib, "ready");
     Ok(())
 }
 

@@ -94,9 +94,7 @@ pub(crate) async fn aside<T: Send + 'static>(
         let _permit = permit;
         work()
     };
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the request could not be processed")))
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(ApiError::panicked()))
 }
 
 /// Clears the flag when the one who waits goes away.

@@ -23,7 +23,7 @@ use hyper::body::{Frame, SizeHint};
 use tracing::{Instrument, Span, info_span};
 
 use crate::{
-    error::{ApiError, Dialect, Kind},
+    error::{ApiError, Dialect},
     ids,
     state::App,
 };
@@ -39,10 +39,7 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
     let dialect = Dialect::of(request.uri().path());
     let span = info_span!("request", id, method, route);
     let answered = AssertUnwindSafe(next.run(request).instrument(span.clone())).catch_unwind().await;
-    let response = answered.unwrap_or_else(|_| {
-        span.in_scope(|| tracing::error!("a request handler panicked"));
-        ApiError::new(Kind::Internal, "the server failed").into_response()
-    });
+    let response = answered.unwrap_or_else(|_| span.in_scope(ApiError::panicked).into_response());
     let mut response = in_dialect(response, dialect);
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, HeaderValue::from_str(&id).expect("ids are ASCII"));

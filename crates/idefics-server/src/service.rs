@@ -63,6 +63,7 @@ pub(crate) struct Service {
 pub(crate) struct Ask {
     pub(crate) words: Words,
     pub(crate) config: GenerationConfig,
+    pub(crate) length: Length,
     /// The form that answers must have, and the field that asks for it.
     pub(crate) answer_form: Option<(AnswerForm, &'static str)>,
     /// Only so many last tokens of the prompt count.
@@ -70,6 +71,22 @@ pub(crate) struct Ask {
     /// What the request takes while it is read.
     pub(crate) upload: Option<Upload>,
     pub(crate) place: Arc<Place>,
+}
+
+/// Where an answer's longest length comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Length {
+    /// The request names it: what does not fit in memory is refused.
+    Asked,
+    /// The server proposes it: what does not fit in memory is shortened.
+    Proposed,
+}
+
+impl Length {
+    /// Of a field that may name it.
+    pub(crate) fn of(asked: Option<f64>) -> Self {
+        if asked.is_some() { Self::Asked } else { Self::Proposed }
+    }
 }
 
 /// A prompt in either form.
@@ -128,7 +145,8 @@ impl Service {
     pub(crate) fn check_name(&self, name: Option<&str>) -> Result<(), ApiError> {
         let card = self.card();
         match name {
-            None | Some("" | "default" | "tgi" | "idefics") => Ok(()),
+            // `tgi` and `dummy` are what `huggingface_hub` sends to an address, old and new.
+            None | Some("" | "default" | "tgi" | "dummy" | "idefics") => Ok(()),
             Some(name) if name == card.id || card.aliases.iter().any(|alias| alias == name) => Ok(()),
             Some(_) => Err(ApiError {
                 param: Some("model".to_owned()),
@@ -218,7 +236,7 @@ type Started = (PromptFacts, Ticket, mpsc::UnboundedReceiver<EngineEvent>, Arc<P
 
 async fn start(app: &Arc<App>, ask: Ask) -> Result<Started, ApiError> {
     let service = app.service()?.clone();
-    let Ask { words, mut config, answer_form, truncate, upload, place } = ask;
+    let Ask { words, mut config, length, answer_form, truncate, upload, place } = ask;
     let limit = app.options.limits.answer_timeout.as_secs_f64();
     config.max_time = Some(config.max_time.map_or(limit, |asked| asked.min(limit)));
     let grammar = match answer_form {
@@ -247,6 +265,10 @@ async fn start(app: &Arc<App>, ask: Ask) -> Result<Started, ApiError> {
     let is_image = |id: &&u32| **id == special.image.id || **id == special.fake_token_around_image.id;
     let prompt = PromptFacts { image_tokens: inputs.token_ids.iter().filter(is_image).count() };
     let custom = grammar.map(|grammar| grammar.rule(inputs.token_ids.len(), config.num_return_sequences));
+    if length == Length::Proposed {
+        let longest = service.backend().longest_answer(&inputs, &config);
+        shorten(&mut config, longest);
+    }
     let (ticket, progress) = service.submit(inputs, config, custom)?;
     Ok((prompt, ticket, progress, place))
 }
@@ -301,14 +323,26 @@ pub(crate) fn shut_down() -> ApiError {
 }
 
 fn model_failed(error: GenerateError) -> ApiError {
-    // Numbers of tokens and tensors, no words of a prompt.
-    tracing::error!(error = &error as &dyn std::error::Error, "the model failed");
+    match &error {
+        // The words of a panic may be those of a request. Where it was is in the log already.
+        GenerateError::Panicked { .. } => tracing::error!("the model failed: it panicked"),
+        // Numbers of tokens and tensors, no words of a prompt.
+        error => tracing::error!(error = error as &dyn std::error::Error, "the model failed"),
+    }
     error.into()
 }
 
 fn engine_gone() -> ApiError {
     tracing::error!("the engine dropped a request");
     ApiError::new(Kind::Internal, "the model failed to answer")
+}
+
+/// Bounds a proposed length by what there is room for. Where there is none, the engine says so.
+fn shorten(config: &mut GenerationConfig, longest: usize) {
+    let shortest = config.min_new_tokens.unwrap_or(0).max(1);
+    if longest >= shortest {
+        config.max_new_tokens = config.max_new_tokens.map(|proposed| proposed.min(longest));
+    }
 }
 
 /// A prompt without its pictures.

@@ -10,7 +10,7 @@ use axum::{
 use http_body_util::BodyExt;
 use idefics::{
     Idefics, LoadOptions, Processor,
-    generate::{Engine, EngineOptions},
+    generate::{Engine, EngineOptions, StepModel},
 };
 use idefics_testing::fixture;
 use serde_json::Value;
@@ -42,11 +42,20 @@ pub(crate) struct Reply {
 }
 
 pub(crate) fn loaded(model: &str, options: EngineOptions) -> Loaded {
+    loaded_as(model, options, |model| model)
+}
+
+/// The same with something around the model.
+pub(crate) fn loaded_as<M: StepModel + Send + Sync + 'static>(
+    model: &str,
+    options: EngineOptions,
+    wrap: impl FnOnce(Idefics) -> M,
+) -> Loaded {
     let directory = fixture(model);
     let processor = Processor::from_pretrained(&directory).unwrap();
     let model = Idefics::from_pretrained(&directory, &LoadOptions::default()).unwrap();
     let generation = model.default_generation(Some(processor.special_tokens())).unwrap();
-    let backend = Engine::start(Arc::new(model), Arc::new(processor.clone()), options).unwrap();
+    let backend = Engine::start(Arc::new(wrap(model)), Arc::new(processor.clone()), options).unwrap();
     let card = ModelCard {
         id: MODEL.to_owned(),
         aliases: vec!["other-name".to_owned()],
@@ -137,6 +146,14 @@ impl Backend for NoEngine {
         _submission: idefics::generate::Submission,
     ) -> Result<idefics::generate::Ticket, idefics::generate::Rejected> {
         Err(idefics::generate::Rejected::ShuttingDown)
+    }
+
+    fn longest_answer(
+        &self,
+        _inputs: &idefics::SequenceInputs,
+        _config: &idefics::generate::GenerationConfig,
+    ) -> usize {
+        0
     }
 
     fn stats(&self) -> idefics::generate::Stats {

@@ -214,12 +214,13 @@ function confirmDelete(conversation) {
 
 /** A few words by which a conversation is found again. */
 function titleOf(parts) {
+  // A picture between words leaves a gap that is shown; one before or behind them does not.
   const words = parts
-    .filter((part) => part.type === "text")
-    .map((part) => part.text)
+    .map((part) => (part.type === "text" ? part.text : "\uFFFC"))
     .join(" ")
-    .replace(/\s+/g, " ")
-    .trim();
+    .replace(/^[\s\uFFFC]+|[\s\uFFFC]+$/g, "")
+    .replace(/\s*\uFFFC[\s\uFFFC]*/g, " … ")
+    .replace(/\s+/g, " ");
   return words.length > 60 ? `${words.slice(0, 59)}…` : words || "Picture";
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -103,7 +103,8 @@ struct LimitArgs {
     #[arg(long, value_name = "N", default_value_t = Scheduler::interactive().max_sequences)]
     max_batch: usize,
 
-    /// Memory for keys, values and pictures, in MiB [default: half of what is free]
+    /// Memory for keys, values and pictures of all requests, in MiB; a request that needs more is refused [default:
+    /// three quarters of what is free beside the weights]
     #[arg(long, value_name = "MIB")]
     cache_mib: Option<usize>,
 
@@ -167,7 +168,7 @@ fn load(model: &ModelArgs, names: &[String], options: EngineOptions) -> anyhow::
     let generation = loaded.model.default_generation(Some(loaded.processor.special_tokens()))?;
     let mut names = names.iter().cloned();
     let card = ModelCard {
-        id: names.next().unwrap_or_else(|| model.name().to_owned()),
+        id: names.next().unwrap_or_else(|| public_name(model.name())),
         aliases: names.chain([model.name().to_owned()]).collect(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         dtype: model.packed_as().map_or_else(|| stored_as(loaded.model.config()), str::to_owned),
@@ -175,6 +176,15 @@ fn load(model: &ModelArgs, names: &[String], options: EngineOptions) -> anyhow::
     let decoder = Arc::new(loaded.processor.clone());
     let engine = Engine::start(loaded.model, decoder, options).context("cannot start the engine")?;
     Ok(Loaded { backend: Arc::new(engine), processor: loaded.processor, generation, card })
+}
+
+/// What clients are told of `--model`: of a directory its last part, as where it lies is nobody's business.
+fn public_name(model: &str) -> String {
+    let path = Path::new(model);
+    // `.` and the like have no name of their own.
+    let directory = path.is_dir().then(|| path.canonicalize().ok()).flatten();
+    let name = directory.as_deref().and_then(Path::file_name);
+    name.map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// The type of the weights, as the checkpoint has it.
@@ -267,4 +277,22 @@ fn engine_options(args: &LimitArgs) -> anyhow::Result<EngineOptions> {
         max_waiting: args.max_requests,
         ..EngineOptions::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_known_by_its_last_part() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("idefics-mine");
+        std::fs::create_dir(&model).unwrap();
+        for path in [model.clone(), model.join(""), model.join("."), model.join("..").join("idefics-mine")] {
+            assert_eq!(public_name(path.to_str().unwrap()), "idefics-mine", "{}", path.display());
+        }
+        for name in ["HuggingFaceM4/idefics-9b-instruct", "no-such-thing"] {
+            assert_eq!(public_name(name), name);
+        }
+    }
 }

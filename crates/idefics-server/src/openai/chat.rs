@@ -28,7 +28,7 @@ use crate::{
     ids, media,
     options::Limits,
     sampling::{self, Sampling, count, number},
-    service::{self, Ask, PromptFacts, Service, Words},
+    service::{self, Ask, Length, PromptFacts, Service, Words},
     state::{App, Place},
 };
 
@@ -66,6 +66,7 @@ pub(crate) async fn chat(
     let (request, common, upload) = body::read_json_as_both::<ChatRequest, Common>(&app, request).await?;
     let service = app.service()?.clone();
     service.check_name(request.model.as_deref())?;
+    let length = Length::of(request.max_completion_tokens.or(request.max_tokens));
     let (config, answers) = options(&app.options.limits, &service, &request, &common)?;
     let answer_form = answer_form(request.response_format.as_ref())?;
     let is_streamed = request.stream.unwrap_or(false);
@@ -73,7 +74,7 @@ pub(crate) async fn chat(
     let turns = turns(request.messages, &app.options.limits)?;
     let words = Words::Segments(dialogue(service.form, &turns), DIALOGUE_END_OF_UTTERANCE);
     let reports_logprobs = config.logprobs.is_some();
-    let ask = Ask { words, config, answer_form, truncate: None, upload: Some(upload), place };
+    let ask = Ask { words, config, length, answer_form, truncate: None, upload: Some(upload), place };
     let answer = service::ask(&app, ask).await?;
     let head = Head::new("chatcmpl", &service);
     if is_streamed {

@@ -36,7 +36,7 @@ pub(super) fn respond(
         let event = chunks.next().await?;
         Some((event, chunks))
     });
-    super::stream(app, events)
+    super::stream(app, Dialect::OpenAi, events)
 }
 
 /// What was sent of one choice.

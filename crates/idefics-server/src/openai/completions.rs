@@ -33,7 +33,7 @@ use crate::{
     media,
     options::Limits,
     sampling::count,
-    service::{self, Answer, Ask, Next, Service, Words},
+    service::{self, Answer, Ask, Length, Next, Service, Words},
     state::{App, Place},
 };
 
@@ -58,6 +58,7 @@ pub(crate) async fn completions(
     let service = app.service()?.clone();
     service.check_name(request.model.as_deref())?;
     let limits = &app.options.limits;
+    let length = Length::of(request.max_tokens);
     let options = options(limits, &service, &request, &common)?;
     let is_streamed = request.stream.unwrap_or(false);
     if is_streamed && options.written > options.answers {
@@ -79,6 +80,7 @@ pub(crate) async fn completions(
     let asks = prompts.into_iter().enumerate().map(|(index, words)| Ask {
         words,
         config: options.config.clone(),
+        length,
         answer_form: answer_form.clone(),
         truncate: None,
         upload: if index == last { upload.take() } else { None },
@@ -312,7 +314,7 @@ fn respond_streaming(
             }
         }
     });
-    super::stream(app, events)
+    super::stream(app, Dialect::OpenAi, events)
 }
 
 struct Chunks {

@@ -7,7 +7,7 @@ mod logprobs;
 pub(crate) mod models;
 pub(crate) mod types;
 
-use std::convert::Infallible;
+use std::{convert::Infallible, panic::AssertUnwindSafe};
 
 use axum::{
     http::{HeaderValue, header},
@@ -44,10 +44,16 @@ pub(crate) fn error_event(error: &ApiError, dialect: Dialect) -> Event {
     data(&error.body(dialect))
 }
 
-/// A response of server-sent events, never compressed or cached.
-pub(crate) fn stream(app: &App, events: impl Stream<Item = Event> + Send + 'static) -> Response {
+/// A response of server-sent events, never compressed or cached. If making them panics, the last one is an error.
+pub(crate) fn stream(
+    app: &App,
+    dialect: Dialect,
+    events: impl Stream<Item = Event> + Send + 'static,
+) -> Response {
     use futures_util::StreamExt;
-    let events = events.map(Ok::<_, Infallible>);
+    let events = AssertUnwindSafe(events).catch_unwind().map(move |event| {
+        Ok::<_, Infallible>(event.unwrap_or_else(|_| error_event(&ApiError::panicked(), dialect)))
+    });
     let keep_alive = KeepAlive::new().interval(app.options.limits.keep_alive).text("ping");
     let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
     let headers = response.headers_mut();

@@ -4,4 +4,5 @@
 mod faults;
 mod openai;
 mod operation;
+mod panics;
 mod tgi;

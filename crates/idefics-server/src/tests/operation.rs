@@ -9,12 +9,17 @@ use axum::{
     body::Body,
     http::{Request, header},
 };
+use idefics::{
+    LoadOptions,
+    generate::{EngineOptions, Memory, StepModel},
+};
+use idefics_testing::fixture;
 use serde_json::json;
 
 use crate::{
     auth::ApiKeys,
     options::{Limits, ServerOptions},
-    testing::{MODEL, TestServer, post},
+    testing::{MODEL, TestServer, loaded, post},
 };
 
 const ROUTES: [&str; 11] = [
@@ -135,6 +140,70 @@ async fn too_many_bytes_at_once_are_refused() {
     let reply = server.post("/generate", &json!({"inputs": "x".repeat(40 << 10)})).await;
     assert_eq!(reply.status, 429, "{}", reply.body);
     assert_eq!(server.app.uploads.available_permits(), 4);
+}
+
+/// A server with room for one sequence of so many tokens, without a picture. Caches grow by blocks of tokens.
+fn server_with_room_for(tokens: usize) -> TestServer {
+    let model = idefics::Idefics::from_pretrained(fixture("tiny"), &LoadOptions::default()).unwrap();
+    let memory = Some(Memory::of(model.cache_bytes(tokens)));
+    let loaded = loaded("tiny", EngineOptions { memory, ..EngineOptions::default() });
+    TestServer::of(loaded, ServerOptions::default())
+}
+
+#[tokio::test]
+async fn what_never_fits_in_memory_is_refused_in_each_dialect() {
+    let server = server_with_room_for(64);
+    let hello = json!([{"role": "user", "content": "Hello"}]);
+    let chat = "/v1/chat/completions";
+    let long = json!({"inputs": "Hello", "parameters": {"max_new_tokens": 100}});
+    for (path, request, status, kind) in [
+        (chat, json!({"messages": hello, "max_tokens": 100}), 400, "invalid_request_error"),
+        (chat, json!({"messages": hello, "max_tokens": 100, "stream": true}), 400, "invalid_request_error"),
+        (
+            chat,
+            json!({"messages": hello, "max_tokens": 30, "n": 2, "temperature": 1}),
+            400,
+            "invalid_request_error",
+        ),
+        ("/v1/completions", json!({"prompt": "Hello", "max_tokens": 100}), 400, "invalid_request_error"),
+        ("/generate", long.clone(), 422, "validation"),
+        ("/generate_stream", long, 422, "validation"),
+    ] {
+        let reply = server.post(path, &request).await;
+        assert_eq!(reply.status, status, "{request}: {}", reply.body);
+        let body = reply.json();
+        let (got, message) = if status == 422 {
+            (&body["error_type"], &body["error"])
+        } else {
+            assert_eq!(body["error"]["code"], "request_too_large");
+            (&body["error"]["type"], &body["error"]["message"])
+        };
+        assert_eq!(got, kind, "{request}");
+        let message = message.as_str().unwrap();
+        assert!(
+            message.contains("bytes of cache") && message.contains("shorten prompt or answer"),
+            "{message}"
+        );
+    }
+    assert_eq!(server.engine.stats().rejected, 6);
+    let fits = json!({"messages": hello, "max_tokens": 30});
+    assert_eq!(server.post(chat, &fits).await.status, 200, "beside them the server works");
+}
+
+#[tokio::test]
+async fn a_length_that_no_request_names_is_what_memory_allows() {
+    let server = server_with_room_for(64);
+    let hello = json!([{"role": "user", "content": "Hello"}]);
+    let reply = server.post("/v1/chat/completions", &json!({"messages": hello, "min_tokens": 1})).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let usage = &reply.json()["usage"];
+    // The last token of an answer is never read, and takes no room.
+    assert!(usage["total_tokens"].as_u64().unwrap() <= 65, "{usage}");
+    let reply = server.post("/generate", &json!({"inputs": "Hello"})).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    // No room for what a request insists on.
+    let insisting = json!({"messages": hello, "min_tokens": 90});
+    assert_eq!(server.post("/v1/chat/completions", &insisting).await.status, 400);
 }
 
 #[tokio::test]

@@ -29,7 +29,7 @@ use crate::{
     openai::{self, completions::mean_logprob},
     options::Limits,
     sampling::{self, Sampling, count, number},
-    service::{self, Answer, Ask, Next, Service, Words},
+    service::{self, Answer, Ask, Length, Next, Service, Words},
     state::{App, Place},
 };
 
@@ -76,6 +76,7 @@ pub(crate) async fn compat(
 
 struct Options {
     config: GenerationConfig,
+    length: Length,
     answer_form: Option<(AnswerForm, &'static str)>,
     best_of: usize,
     truncate: Option<usize>,
@@ -124,6 +125,7 @@ fn options(limits: &Limits, service: &Service, parameters: &Parameters) -> Resul
     config.logprobs = Some(top);
     Ok(Options {
         config,
+        length: Length::of(parameters.max_new_tokens),
         answer_form: answer_form(parameters.grammar.as_ref())?,
         best_of,
         truncate: count("truncate", parameters.truncate, 1..=1 << 20)?,
@@ -158,6 +160,7 @@ async fn start(
     let ask = Ask {
         words: Words::Segments(prompt, AddEndOfUtterance::Never),
         config: options.config.clone(),
+        length: options.length,
         answer_form: options.answer_form.clone(),
         truncate: options.truncate,
         upload: Some(upload),
@@ -237,7 +240,7 @@ async fn respond_streaming(
             }
         }
     });
-    Ok(openai::stream(app, events))
+    Ok(openai::stream(app, Dialect::Tgi, events))
 }
 
 struct Chunks {
