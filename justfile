@@ -22,6 +22,12 @@ test *args:
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --lib
 
+# The clients that people use, and the web chat in Chromium, against the server.
+serving:
+    cargo build --release -p idefics-cli
+    IDEFICS=target/release/idefics tests/clients/run
+    IDEFICS=target/release/idefics tests/browser/run target/release/screenshots
+
 # Run every example on the small model of the fixtures.
 examples:
     for file in crates/idefics/examples/*.rs; do cargo run --release -p idefics --example "$(basename "$file" .rs)" || exit 1; done

@@ -55,6 +55,8 @@ chatTest("pictures stay in their place in the text, picked, dropped and pasted",
   await page.click(".picture");
   await page.waitForSelector("#lightbox[open]");
   await screenshot(page, "desktop lightbox");
+  const box = await page.locator("#lightbox").boundingBox();
+  assert.ok(box.width < 300, `it is as wide as a small picture needs: ${box.width}`);
   await page.keyboard.press("Escape");
 });
 
