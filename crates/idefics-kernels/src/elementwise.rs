@@ -25,26 +25,47 @@ pub enum Activation {
 /// Elements that a thread takes at a time.
 const CHUNK: usize = 8192;
 
-/// Applies `activation` in place.
-pub fn activate(isa: Isa, activation: Activation, values: &mut [f32]) {
-    let apply = match activation {
+/// The function behind `activation`, in place.
+pub(crate) fn function(activation: Activation) -> fn(Isa, &mut [f32]) {
+    match activation {
         Activation::Silu => silu,
         Activation::Gelu => gelu,
         Activation::QuickGelu => quick_gelu,
         Activation::GeluTanh => gelu_tanh,
         Activation::Relu => relu,
-    };
-    parallel::for_each_run(values, CHUNK, |_, chunk| apply(isa, chunk));
+    }
 }
 
-/// `gate ← activation(gate) · up`, the gated half of a LLaMA MLP.
+/// `activation(x)`.
+pub fn activate(isa: Isa, activation: Activation, x: &[f32]) -> Vec<f32> {
+    let apply = function(activation);
+    parallel::mapped(x, CHUNK, |_, chunk| apply(isa, chunk))
+}
+
+/// `activation(gate) · up`, the gated half of a LLaMA MLP.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn activate_gate(isa: Isa, activation: Activation, gate: &mut [f32], up: &[f32]) {
+pub fn activate_gate(isa: Isa, activation: Activation, gate: &[f32], up: &[f32]) -> Vec<f32> {
     assert_eq!(gate.len(), up.len(), "gate and up must have one length");
-    activate(isa, activation, gate);
-    parallel::for_each_run(gate, CHUNK, |first, chunk| multiply(isa, chunk, &up[first..first + chunk.len()]));
+    let apply = function(activation);
+    parallel::mapped(gate, CHUNK, |first, chunk| {
+        apply(isa, chunk);
+        multiply(isa, chunk, &up[first..first + chunk.len()]);
+    })
+}
+
+/// `x + y`. One rounding each, so all tiers give the same bits and none is asked for.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn sum(x: &[f32], y: &[f32]) -> Vec<f32> {
+    assert_eq!(x.len(), y.len(), "both terms must have one length");
+    parallel::mapped(x, CHUNK, |first, chunk| {
+        for (value, other) in chunk.iter_mut().zip(&y[first..]) {
+            *value += other;
+        }
+    })
 }
 
 /// `values ← values + other`. One rounding each, so all tiers give the same bits and none is asked for.
@@ -60,25 +81,24 @@ pub fn add(values: &mut [f32], other: &[f32]) {
     });
 }
 
-/// `residual ← residual + scale · branch`; `scale` has one element, or one per channel and repeats.
+/// `residual + scale · branch`; `scale` has one element, or one per channel and repeats.
 ///
 /// # Panics
 /// If `branch` and `residual` differ in length, or `scale` does not divide them.
-pub fn add_scaled(isa: Isa, residual: &mut [f32], branch: &[f32], scale: &[f32]) {
+pub fn add_scaled(isa: Isa, residual: &[f32], branch: &[f32], scale: &[f32]) -> Vec<f32> {
     assert_eq!(residual.len(), branch.len(), "residual and branch must have one length");
     assert!(
         !scale.is_empty() && residual.len().is_multiple_of(scale.len()),
         "the scale must divide the rows"
     );
     if let [scale] = scale {
-        parallel::for_each_run(residual, CHUNK, |first, chunk| {
+        parallel::mapped(residual, CHUNK, |first, chunk| {
             axpy(isa, chunk, &branch[first..first + chunk.len()], *scale);
-        });
+        })
     } else {
-        let width = scale.len();
-        parallel::for_each_row(residual, width, |row, chunk| {
-            axpy_by_channel(isa, chunk, &branch[row * width..(row + 1) * width], scale);
-        });
+        parallel::mapped_rows(residual, scale.len(), |first, row| {
+            axpy_by_channel(isa, row, &branch[first..first + row.len()], scale);
+        })
     }
 }
 
@@ -179,8 +199,7 @@ mod tests {
             for activation in
                 [Activation::Silu, Activation::QuickGelu, Activation::GeluTanh, Activation::Relu]
             {
-                let mut values = inputs.clone();
-                activate(isa, activation, &mut values);
+                let values = activate(isa, activation, &inputs);
                 for (x, got) in inputs.iter().zip(&values) {
                     let expected = plain(activation, f64::from(*x));
                     let bound = 4e-7 * f64::from(x.abs()).max(1.0);
@@ -197,8 +216,7 @@ mod tests {
     fn gelu_at_points_of_the_reference() {
         // torch.nn.functional.gelu in float64.
         for isa in Isa::available() {
-            let mut values = [-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 6.0];
-            activate(isa, Activation::Gelu, &mut values);
+            let values = activate(isa, Activation::Gelu, &[-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 6.0]);
             let expected = [
                 -0.004_049_694,
                 -0.158_655_25,
@@ -225,8 +243,7 @@ mod tests {
                 Activation::GeluTanh,
                 Activation::Relu,
             ] {
-                let mut values = [-1e4, 1e4, f32::NAN];
-                activate(isa, activation, &mut values);
+                let values = activate(isa, activation, &[-1e4, 1e4, f32::NAN]);
                 assert_eq!(values[..2], [0.0, 1e4], "{activation:?}");
                 assert!(values[2].is_nan(), "{activation:?}");
             }
@@ -237,20 +254,21 @@ mod tests {
     fn residuals_take_one_scale_or_one_per_channel() {
         for isa in Isa::available() {
             let branch = [1.0, 2.0, 3.0, 4.0];
-            let mut one = [10.0; 4];
-            add_scaled(isa, &mut one, &branch, &[0.5]);
+            let one = add_scaled(isa, &[10.0; 4], &branch, &[0.5]);
             assert_eq!(one, [10.5, 11.0, 11.5, 12.0]);
-            let mut channels = [10.0; 4];
-            add_scaled(isa, &mut channels, &branch, &[1.0, -1.0]);
+            let channels = add_scaled(isa, &[10.0; 4], &branch, &[1.0, -1.0]);
             assert_eq!(channels, [11.0, 8.0, 13.0, 6.0]);
         }
     }
 
     #[test]
     fn a_gate_is_activated_then_multiplied() {
-        let mut gate = vec![1.0f32; 20_000];
-        let up: Vec<f32> = (0..20_000).map(|i| i as f32).collect();
-        activate_gate(Isa::best(), Activation::Relu, &mut gate, &up);
-        assert_eq!(gate, up);
+        let up: Vec<f32> = (0..200_000).map(|i| i as f32).collect();
+        let gate = vec![1.0; up.len()];
+        assert_eq!(activate_gate(Isa::best(), Activation::Relu, &gate, &up), up);
+        let mut sums = gate.clone();
+        add(&mut sums, &up);
+        assert_eq!(sums, sum(&gate, &up));
+        assert_eq!(sums[77_777], 77_778.0);
     }
 }

@@ -26,6 +26,7 @@ mod parallel;
 pub mod probe;
 pub mod q8;
 pub mod rope;
+pub mod rows;
 mod simd;
 
 pub use isa::{Isa, Tier};

@@ -7,23 +7,23 @@ use crate::{
     parallel,
 };
 
-/// `y = x / √(mean(x²) + eps) · weight`, row by row, in place. `x` is `[…, weight.len()]`.
+/// `y = x / √(mean(x²) + eps) · weight`, row by row. `x` is `[…, weight.len()]`.
 ///
 /// # Panics
 /// If `weight` does not divide `x`.
-pub fn rms_norm(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
+pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     check(x, weight);
-    parallel::for_each_row(x, weight.len(), |_, row| rms_norm_row(isa, row, weight, eps));
+    parallel::mapped_rows(x, weight.len(), |_, row| rms_norm_row(isa, row, weight, eps))
 }
 
-/// `y = (x - mean) / √(variance + eps) · weight + bias`, row by row, in place.
+/// `y = (x - mean) / √(variance + eps) · weight + bias`, row by row.
 ///
 /// # Panics
 /// If `weight` and `bias` differ in length or do not divide `x`.
-pub fn layer_norm(isa: Isa, x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
+pub fn layer_norm(isa: Isa, x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
     check(x, weight);
     assert_eq!(weight.len(), bias.len(), "weight and bias must have one length");
-    parallel::for_each_row(x, weight.len(), |_, row| layer_norm_row(isa, row, weight, bias, eps));
+    parallel::mapped_rows(x, weight.len(), |_, row| layer_norm_row(isa, row, weight, bias, eps))
 }
 
 fn check(x: &[f32], weight: &[f32]) {
@@ -72,9 +72,8 @@ mod tests {
                 let input = rows(4, width);
                 let weight: Vec<f32> = (0..width).map(|i| 0.5 + i as f32 / 100.0).collect();
                 let bias: Vec<f32> = (0..width).map(|i| i as f32 / 50.0 - 1.0).collect();
-                let (mut rms, mut layer) = (input.clone(), input.clone());
-                rms_norm(isa, &mut rms, &weight, 1e-6);
-                layer_norm(isa, &mut layer, &weight, &bias, 1e-5);
+                let rms = rms_norm(isa, &input, &weight, 1e-6);
+                let layer = layer_norm(isa, &input, &weight, &bias, 1e-5);
                 for (r, row) in input.chunks(width).enumerate() {
                     let row: Vec<f64> = row.iter().map(|v| f64::from(*v)).collect();
                     let n = width as f64;
@@ -101,9 +100,8 @@ mod tests {
 
     #[test]
     fn a_row_of_zeros_stays_finite() {
-        let mut x = vec![0.0; 32];
-        rms_norm(Isa::best(), &mut x, &[1.0; 16], 1e-6);
-        layer_norm(Isa::best(), &mut x, &[1.0; 16], &[0.0; 16], 1e-5);
-        assert_eq!(x, vec![0.0; 32]);
+        let x = vec![0.0; 32];
+        assert_eq!(rms_norm(Isa::best(), &x, &[1.0; 16], 1e-6), x);
+        assert_eq!(layer_norm(Isa::best(), &x, &[1.0; 16], &[0.0; 16], 1e-5), x);
     }
 }

@@ -16,6 +16,16 @@ impl<T> SharedMut<T> {
         Self(slice.as_mut_ptr())
     }
 
+    /// The same memory as elements of another type.
+    pub(crate) fn cast<U>(self) -> SharedMut<U> {
+        SharedMut(self.0.cast())
+    }
+
+    /// The same from element `index` on.
+    pub(crate) fn behind(self, index: usize) -> Self {
+        Self(self.0.wrapping_add(index))
+    }
+
     /// Where element `index` lies.
     ///
     /// # Safety
@@ -72,4 +82,43 @@ pub(crate) fn for_each_run<T: Send>(
     } else {
         data.par_chunks_mut(length).enumerate().for_each(|(index, run)| work(index * length, run));
     }
+}
+
+/// A copy of `values`, each run of `length` elements (the last one shorter) changed by `change(first_index, run)`
+/// while it is in the first-level cache.
+pub(crate) fn mapped<T: Copy + Send + Sync>(
+    values: &[T],
+    length: usize,
+    change: impl Fn(usize, &mut [T]) + Sync + Send,
+) -> Vec<T> {
+    let mut out = Vec::with_capacity(values.len());
+    for_each_run(&mut out.spare_capacity_mut()[..values.len()], length, |first, run| {
+        change(first, run.write_copy_of_slice(&values[first..first + run.len()]));
+    });
+    // SAFETY: the runs cover all elements, and each was written.
+    unsafe { out.set_len(values.len()) };
+    out
+}
+
+/// A copy of `data`, each row of `width` elements changed by `change(first_index, row)`.
+pub(crate) fn mapped_rows<T: Copy + Send + Sync>(
+    data: &[T],
+    width: usize,
+    change: impl Fn(usize, &mut [T]) + Sync + Send,
+) -> Vec<T> {
+    mapped(data, width * (8192 / width).max(1), |first, run| {
+        run.chunks_exact_mut(width).enumerate().for_each(|(index, row)| change(first + index * width, row));
+    })
+}
+
+/// `n` elements of which `fill` writes all, without zeros before.
+///
+/// # Safety
+/// `fill` writes every element.
+pub(crate) unsafe fn filled<T: Copy>(n: usize, fill: impl FnOnce(SharedMut<T>)) -> Vec<T> {
+    let mut out: Vec<T> = Vec::with_capacity(n);
+    fill(SharedMut(out.as_mut_ptr()));
+    // SAFETY: written by the contract.
+    unsafe { out.set_len(n) };
+    out
 }

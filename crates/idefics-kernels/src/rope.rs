@@ -32,40 +32,46 @@ impl RotaryTable {
         self.cos_sin.len() / self.half.max(1)
     }
 
-    /// Rotates every head of every row of `x` `[T, H·K]` in place, row `t` by `positions[t]`.
+    /// Every head of every row of `x` `[T, H·K]` rotated, row `t` by `positions[t]`.
     ///
     /// # Panics
     /// If a position lies outside the table or the rows do not divide `x`.
-    pub fn rotate(&self, x: &mut [f32], positions: &[u32]) {
-        self.turn(x, positions, 1.0);
+    #[must_use]
+    pub fn rotate(&self, x: &[f32], positions: &[u32]) -> Vec<f32> {
+        if positions.is_empty() {
+            return Vec::new();
+        }
+        let width = row_width(x, positions);
+        parallel::mapped_rows(x, width, |first, row| self.turn(row, positions[first / width], 1.0))
     }
 
-    /// Undoes [`rotate`](Self::rotate), which is what its gradient goes through.
+    /// Undoes [`rotate`](Self::rotate) in place, which is what its gradient goes through.
     ///
     /// # Panics
     /// As there.
     pub fn rotate_back(&self, x: &mut [f32], positions: &[u32]) {
-        self.turn(x, positions, -1.0);
+        if !positions.is_empty() {
+            let width = row_width(x, positions);
+            parallel::for_each_row(x, width, |row, values| self.turn(values, positions[row], -1.0));
+        }
     }
 
-    fn turn(&self, x: &mut [f32], positions: &[u32], direction: f32) {
-        if positions.is_empty() {
-            return;
-        }
-        assert_eq!(x.len() % positions.len(), 0, "one position per row expected");
-        let width = x.len() / positions.len();
-        parallel::for_each_row(x, width, |row, values| {
-            let at = positions[row] as usize * self.half;
-            let table = &self.cos_sin[at..at + self.half];
-            for head in values.chunks_exact_mut(2 * self.half) {
-                let (first, second) = head.split_at_mut(self.half);
-                for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(table) {
-                    let sin = sin * direction;
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                }
+    fn turn(&self, row: &mut [f32], position: u32, direction: f32) {
+        let at = position as usize * self.half;
+        let table = &self.cos_sin[at..at + self.half];
+        for head in row.chunks_exact_mut(2 * self.half) {
+            let (first, second) = head.split_at_mut(self.half);
+            for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(table) {
+                let sin = sin * direction;
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
-        });
+        }
     }
+}
+
+fn row_width(x: &[f32], positions: &[u32]) -> usize {
+    assert_eq!(x.len() % positions.len(), 0, "one position per row expected");
+    x.len() / positions.len()
 }
 
 #[cfg(test)]
@@ -76,8 +82,7 @@ mod tests {
     fn halves_rotate_by_position_times_speed() {
         let table = RotaryTable::new(4, 10_000.0, 8);
         assert_eq!(table.n_positions(), 8);
-        let mut x = [1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0];
-        table.rotate(&mut x, &[0, 3]);
+        let mut x = table.rotate(&[1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0], &[0, 3]);
         assert_eq!(x[..4], [1.0, 2.0, 3.0, 4.0]);
         let (c0, s0) = (3f32.cos(), 3f32.sin());
         let (c1, s1) = (0.03f32.cos(), 0.03f32.sin());

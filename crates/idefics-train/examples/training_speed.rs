@@ -1,10 +1,12 @@
 //! How long a training step takes and what memory it needs.
 //!
 //!     cargo run --release -p idefics-train --example training_speed -- full [f32|bf16] [recompute|keep]
+//!     cargo run --release -p idefics-train --example training_speed -- tiny [f32|bf16] [recompute|keep]
 //!     cargo run --release -p idefics-train --example training_speed -- qlora [LAYERS]
 //!
 //! `full` trains all of a model of 100 M parameters on 512 tokens and 4 pictures, AdamW included; the same step in
-//! torch is `reference/compare_training.py`. `qlora` trains factors of rank 16 beside `q_proj`, `k_proj` and
+//! torch is `reference/compare_training.py`. `tiny` is a step of the third stage of `recipes/idefics-tiny`: all but the
+//! tower, 4096 tokens and 40 pictures of 126 pixels. `qlora` trains factors of rank 16 beside `q_proj`, `k_proj` and
 //! `v_proj` of the 9B shape in NF4 on one picture and 256 tokens, and compares it with the forward pass alone.
 
 #![allow(clippy::print_stdout)] // The figures are the output.
@@ -14,7 +16,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use idefics::{
     bench::{Format, RandomWeights, shape},
     checkpoint::{LinearWeight, Weight, expected_tensors},
-    config::{IdeficsConfig, PerceiverConfig, VisionConfig},
+    config::{AlphaType, IdeficsConfig, PerceiverConfig, VisionConfig},
     model::{LossOptions, Model, Tape, TrainingSequence, WeightSource},
     ops::{Compute, Context, Gradient, Isa, LowRank},
     processor::PixelValues,
@@ -31,13 +33,23 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
-        ["full", rest @ ..] => {
+        [work @ ("full" | "tiny"), rest @ ..] => {
             let compute = if rest.contains(&"f32") { Compute::F32 } else { Compute::Bf16 };
             let tape = if rest.contains(&"recompute") { Tape::Recompute } else { Tape::Keep };
-            full(compute, tape);
+            let (config, batch, is_trained): (_, _, fn(&str) -> bool) = if *work == "full" {
+                let config = hundred_million();
+                let batch = vec![sequence(&config, 512, 4)];
+                (config, batch, |_| true)
+            } else {
+                let config = tiny();
+                // Answers are a quarter of the tokens.
+                let batch = (0..40).map(|_| answers(sequence(&config, 102, 1))).collect();
+                (config, batch, |name| !name.starts_with("model.vision_model"))
+            };
+            step(&config, &batch, is_trained, compute, tape);
         }
         ["qlora", rest @ ..] => qlora(rest.first().and_then(|layers| layers.parse().ok())),
-        _ => eprintln!("usage: training_speed full [f32|bf16] [recompute|keep] | qlora [LAYERS]"),
+        _ => eprintln!("usage: training_speed full|tiny [f32|bf16] [recompute|keep] | qlora [LAYERS]"),
     }
 }
 
@@ -71,6 +83,45 @@ fn hundred_million() -> IdeficsConfig {
     }
 }
 
+/// The model of `recipes/idefics-tiny`.
+fn tiny() -> IdeficsConfig {
+    IdeficsConfig {
+        vocab_size: 4096,
+        additional_vocab_size: 3,
+        hidden_size: 320,
+        intermediate_size: 832,
+        num_hidden_layers: 6,
+        num_attention_heads: 5,
+        cross_layer_interval: 2,
+        alpha_type: AlphaType::Vector,
+        qk_layer_norms: true,
+        use_resampler: true,
+        vision_config: VisionConfig {
+            embed_dim: 384,
+            image_size: 126,
+            intermediate_size: 1536,
+            num_hidden_layers: 12,
+            num_attention_heads: 6,
+            ..VisionConfig::default()
+        },
+        perceiver_config: PerceiverConfig {
+            resampler_n_latents: 24,
+            resampler_depth: 2,
+            resampler_n_heads: 6,
+            resampler_head_dim: 64,
+            ..PerceiverConfig::default()
+        },
+        ..IdeficsConfig::default()
+    }
+}
+
+/// The same with targets in its last quarter alone.
+fn answers(mut sequence: TrainingSequence) -> TrainingSequence {
+    let n = sequence.targets.len();
+    sequence.targets[..n - n / 4].fill(None);
+    sequence
+}
+
 /// `tokens` tokens that see `images` pictures in turn; each predicts the next.
 fn sequence(config: &IdeficsConfig, tokens: usize, images: usize) -> TrainingSequence {
     let side = config.vision_config.image_size;
@@ -87,57 +138,66 @@ fn sequence(config: &IdeficsConfig, tokens: usize, images: usize) -> TrainingSeq
     }
 }
 
-/// Weights that are all trained.
-struct Trained(BTreeMap<String, (Weight, Gradient, Moments)>);
+/// Weights, some of which are trained.
+struct Learning {
+    trained: BTreeMap<String, (Weight, Gradient, Moments)>,
+    frozen: BTreeMap<String, Weight>,
+}
 
-impl WeightSource for Trained {
+impl WeightSource for Learning {
     fn weight(&self, name: &str) -> Option<Weight> {
-        self.0.get(name).map(|(weight, ..)| weight.clone())
+        let trained = self.trained.get(name).map(|(weight, ..)| weight.clone());
+        trained.or_else(|| self.frozen.get(name).cloned())
     }
     fn gradient(&self, name: &str) -> Option<Gradient> {
-        self.0.get(name).map(|(_, gradient, _)| gradient.clone())
+        self.trained.get(name).map(|(_, gradient, _)| gradient.clone())
     }
 }
 
-fn full(compute: Compute, tape: Tape) {
-    let config = hundred_million();
-    let random = RandomWeights::new(&config, Format::F32);
-    let mut source = Trained(
-        expected_tensors(&config)
-            .into_iter()
-            .map(|(name, _)| {
-                let weight = random.weight(&name).expect("every weight is there");
-                let n = weight.len();
-                (name, (weight, Gradient::new(n), Moments::new(n)))
-            })
-            .collect(),
-    );
-    let parameters: usize = source.0.values().map(|(weight, ..)| weight.len()).sum();
-    let batch = [sequence(&config, 512, 4)];
-    let options = LossOptions { z_loss: 0.0, gradient_scale: 1.0 / 512.0, tape };
+fn step(
+    config: &IdeficsConfig,
+    batch: &[TrainingSequence],
+    is_trained: fn(&str) -> bool,
+    compute: Compute,
+    tape: Tape,
+) {
+    let random = RandomWeights::new(config, Format::F32);
+    let mut source = Learning { trained: BTreeMap::new(), frozen: BTreeMap::new() };
+    for (name, _) in expected_tensors(config) {
+        let weight = random.weight(&name).expect("every weight is there");
+        if is_trained(&name) {
+            let n = weight.len();
+            source.trained.insert(name, (weight, Gradient::new(n), Moments::new(n)));
+        } else {
+            source.frozen.insert(name, weight);
+        }
+    }
+    let parameters: usize = source.trained.values().map(|(weight, ..)| weight.len()).sum();
+    let targets: usize = batch.iter().map(|sequence| sequence.targets.iter().flatten().count()).sum();
+    let options = LossOptions { z_loss: 0.0, gradient_scale: 1.0 / targets as f32, tape };
     let ctx = Context { isa: Isa::best(), compute };
     let mut seconds = Vec::new();
     for step in 0..=ROUNDS {
         let start = Instant::now();
         let model = Model::new(config.clone(), &source, ctx).expect("a model");
-        let loss = model.accumulate_gradients(&batch, &options).expect("a loss");
+        let loss = model.accumulate_gradients(batch, &options).expect("a loss");
         drop(model);
         let passes = start.elapsed().as_secs_f64();
         let update =
             Update { adamw: AdamW::default(), rate: 1e-4, step: step as u64 + 1, gradient_scale: 1.0 };
-        for (weight, gradient, moments) in source.0.values_mut() {
+        for (weight, gradient, moments) in source.trained.values_mut() {
             let values = weight.as_f32_mut().expect("the model is dropped");
             update.apply(values, &gradient.lock(), moments, Decay::Yes);
             gradient.zero();
         }
         let whole = start.elapsed().as_secs_f64();
-        eprintln!("step {step}: {whole:.2} s ({passes:.2} s passes), loss {:.4}", loss.mean());
+        eprintln!("step {step}: {whole:.3} s ({passes:.3} s passes), loss {:.4}", loss.mean());
         if step > 0 {
             seconds.push(whole); // the first one warms up
         }
     }
     println!(
-        "full step, {:.1} M parameters, {compute:?}, tape {tape:?}: median {:.3} s, peak {:.2} GB",
+        "step, {:.1} M parameters trained, {compute:?}, tape {tape:?}: median {:.3} s, peak {:.2} GB",
         parameters as f64 / 1e6,
         median(&mut seconds),
         peak_gb()

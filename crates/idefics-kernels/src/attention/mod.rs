@@ -13,7 +13,7 @@ use crate::{
     Isa, Tier,
     linear::tile::{Widened, tile},
     math,
-    parallel::{SharedMut, for_each},
+    parallel::{SharedMut, filled, for_each},
     simd::{Element, Simd, portable::Portable},
 };
 
@@ -67,11 +67,11 @@ pub struct Job<'a> {
     pub visible: Visible,
 }
 
-/// `softmax(scale · q·kᵀ) · v` of every job; `out` holds their results one after the other, `[ΣT, H·K]`.
+/// `softmax(scale · q·kᵀ) · v` of every job, one after the other: `[ΣT, H·K]`.
 ///
 /// # Panics
 /// If lengths do not fit together, keys and values differ in type, or a query sees no key.
-pub fn attention(isa: Isa, heads: Heads, jobs: &[Job<'_>], out: &mut [f32]) {
+pub fn attention(isa: Isa, heads: Heads, jobs: &[Job<'_>]) -> Vec<f32> {
     let width = heads.n_heads * heads.head_dim;
     let mut units = Vec::new();
     let (mut rows, mut flops) = (0, 0);
@@ -102,9 +102,12 @@ pub fn attention(isa: Isa, heads: Heads, jobs: &[Job<'_>], out: &mut [f32]) {
         rows += n_queries;
         flops += 4 * n_queries * n_keys * width;
     }
-    assert_eq!(out.len(), rows * width, "an output of [{rows}, {width}] was expected");
-    let out = SharedMut::new(out);
-    for_each(units.len(), flops, |index| units[index].run(isa, heads, out));
+    // SAFETY: the units cover every query and head, and each writes all of its output.
+    unsafe {
+        filled(rows * width, |out| {
+            for_each(units.len(), flops, |index| units[index].run(isa, heads, out));
+        })
+    }
 }
 
 /// How a job's queries are shared out: the first query and the number of each part.
@@ -433,8 +436,7 @@ mod tests {
                     (noise(queries * width, 1), noise(n_keys * width, 2), noise(n_keys * width, 3));
                 for visible in [Visible::All, Visible::Causal { past: n_keys - queries }] {
                     let job = Job { queries: &q, keys: Rows::F32(&k), values: Rows::F32(&v), visible };
-                    let mut out = vec![f32::NAN; q.len()];
-                    attention(isa, heads, &[job], &mut out);
+                    let out = attention(isa, heads, &[job]);
                     for (got, expected) in out.iter().zip(reference(heads, &q, &k, &v, visible)) {
                         assert!(
                             (f64::from(*got) - expected).abs() < 2e-6,
@@ -470,12 +472,11 @@ mod tests {
         let wide = |x: &[bf16]| x.iter().map(|v| v.to_f32()).collect::<Vec<_>>();
         let (wide_k, wide_v) = (wide(&k), wide(&v));
         for isa in Isa::available() {
-            let (mut narrow, mut exact) = (vec![0.0; q.len()], vec![0.0; q.len()]);
             let visible = Visible::All;
             let job = Job { queries: &q, keys: Rows::Bf16(&k), values: Rows::Bf16(&v), visible };
-            attention(isa, heads, &[job], &mut narrow);
+            let narrow = attention(isa, heads, &[job]);
             let job = Job { queries: &q, keys: Rows::F32(&wide_k), values: Rows::F32(&wide_v), visible };
-            attention(isa, heads, &[job], &mut exact);
+            let exact = attention(isa, heads, &[job]);
             assert_eq!(narrow, exact, "{}", isa.tier());
         }
     }
@@ -498,8 +499,7 @@ mod tests {
                     values: Rows::F32(&v[..to * width]),
                     visible: Visible::Causal { past: from },
                 };
-                let mut out = vec![f32::NAN; 2 * (to - from) * width];
-                attention(isa, heads, &[job, job], &mut out);
+                let out = attention(isa, heads, &[job, job]);
                 let (first, second) = out.split_at((to - from) * width);
                 assert_eq!(first, second, "{}: two copies in one batch", isa.tier());
                 first.to_vec()

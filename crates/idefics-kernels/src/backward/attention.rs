@@ -12,6 +12,7 @@ use crate::{
     attention::{Heads, Visible},
     math::{exp, sum_by},
     parallel::SharedMut,
+    rows::zeros,
     simd::{Simd, portable::Portable},
 };
 
@@ -49,7 +50,7 @@ pub fn attention(
         assert!((job.keys.0 + job.keys.1) * width <= k.len() && job.keys.1 > 0, "keys {:?}", job.keys);
     }
     let groups: Vec<&[Job]> = jobs.chunk_by(|a, b| a.keys == b.keys).collect();
-    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+    let (mut dq, mut dk, mut dv) = (zeros(q.len()), zeros(k.len()), zeros(v.len()));
     let out = (SharedMut::new(&mut dq), SharedMut::new(&mut dk), SharedMut::new(&mut dv));
     (0..groups.len() * heads.n_heads).into_par_iter().for_each(|unit| {
         let (jobs, head) = (groups[unit / heads.n_heads], unit % heads.n_heads);

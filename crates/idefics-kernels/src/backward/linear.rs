@@ -1,16 +1,25 @@
 //! Gradients of `y = x · Wᵀ + b`: `dx = dy · W`, `dW = dyᵀ · x`.
 //!
-//! Both are the forward product again, which reads its factors along the inner dimension, on transposed copies:
-//! `dx` of a run of columns of `W` at a time, `dW` of `dy` and `x`. The copies pass through the cache; the
-//! packed weight never exists unpacked as a whole.
+//! On AVX-512 both are products of their own (`outer.rs`). Elsewhere they are the forward product again, which reads
+//! its factors along the inner dimension, on transposed copies: `dx` of a run of columns of `W` at a time, `dW` of
+//! `dy` and `x`. Either way the packed weight never exists unpacked as a whole.
 
 use half::{bf16, f16};
 
+#[cfg(target_arch = "x86_64")]
+use super::outer::{self, Extents, Left, Old};
 use crate::{
     Compute, Isa, Matrix,
     linear::{linear, round_all},
     nf4,
     parallel::for_each_run,
+    rows,
+};
+#[cfg(target_arch = "x86_64")]
+use crate::{
+    Tier,
+    linear::scratch,
+    parallel::{SharedMut, filled},
 };
 
 /// Elements of a transposed run of columns.
@@ -21,20 +30,39 @@ const BLOCK: usize = 16;
 /// `dx [M, K] = dy [M, N] · weight [N, K]`.
 ///
 /// # Panics
-/// If the lengths do not fit together: `k` must divide `dx` and `weight`.
-pub fn linear_input(isa: Isa, compute: Compute, dy: &[f32], weight: Matrix<'_>, k: usize, dx: &mut [f32]) {
-    let (m, n) = (dx.len() / k, weight.len() / k);
-    assert_eq!((dx.len(), weight.len(), dy.len()), (m * k, n * k, m * n), "dy of [{m}, {n}] expected");
-    if m == 0 || n == 0 {
-        return dx.fill(0.0);
+/// If the lengths do not fit together: `k` must divide `weight`, and `N` `dy`.
+pub fn linear_input(isa: Isa, compute: Compute, dy: &[f32], weight: Matrix<'_>, k: usize) -> Vec<f32> {
+    let n = weight.len() / k;
+    assert!(n > 0 && weight.len() == n * k, "{k} does not divide {}", weight.len());
+    let m = dy.len() / n;
+    assert_eq!(dy.len(), m * n, "dy of [{m}, {n}] expected");
+    if m == 0 {
+        return Vec::new();
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa.tier() >= Tier::Avx512 {
+        let extents = Extents { rows: m, columns: k, terms: n };
+        let right = WeightRows { weight, k };
+        // SAFETY: the tier is proven by the `Isa`; the product writes all of its output.
+        return unsafe {
+            filled(m * k, |out| outer(isa, compute, Left::ByRow(dy), &right, extents, Old::Ignored, out))
+        };
+    }
+    transposing_input(isa, compute, dy, weight, k)
+}
+
+/// [`linear_input`] through the forward product.
+fn transposing_input(isa: Isa, compute: Compute, dy: &[f32], weight: Matrix<'_>, k: usize) -> Vec<f32> {
+    let n = weight.len() / k;
+    let m = dy.len() / n;
+    let mut dx = rows::zeros(m * k);
     // Packed weights are read by whole blocks.
     let columns = (RUN / n).next_multiple_of(nf4::BLOCK).min(k);
     let mut out = Vec::new();
     for first in (0..k).step_by(columns) {
         let count = columns.min(k - first);
         let target = if count == k {
-            &mut *dx
+            &mut dx[..]
         } else {
             out.resize(m * count, 0.0);
             &mut out[..]
@@ -69,6 +97,7 @@ pub fn linear_input(isa: Isa, compute: Compute, dy: &[f32], weight: Matrix<'_>, 
             }
         }
     }
+    dx
 }
 
 /// `dw [N, K] += dy [M, N]ᵀ · x [M, K]`.
@@ -81,6 +110,19 @@ pub fn linear_weight(isa: Isa, compute: Compute, dy: &[f32], x: &[f32], k: usize
     if m == 0 || n == 0 {
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa.tier() >= Tier::Avx512 {
+        let extents = Extents { rows: n, columns: k, terms: m };
+        let (right, out) = (SliceRows { data: x, width: k }, SharedMut::new(dw));
+        // SAFETY: the tier is proven by the `Isa`; the output is borrowed here alone.
+        return unsafe { outer(isa, compute, Left::BySum(dy), &right, extents, Old::Kept, out) };
+    }
+    transposing_weight(isa, compute, dy, x, k, dw);
+}
+
+/// [`linear_weight`] through the forward product.
+fn transposing_weight(isa: Isa, compute: Compute, dy: &[f32], x: &[f32], k: usize, dw: &mut [f32]) {
+    let (m, n) = (x.len() / k, dw.len() / k);
     let dy = transpose(dy, m, n); // [N, M]
     let x = transpose(x, m, k); // [K, M]
     let rounded = match compute {
@@ -97,6 +139,71 @@ pub fn linear_weight(isa: Isa, compute: Compute, dy: &[f32], x: &[f32], k: usize
             for (dw, sum) in dw.iter_mut().zip(&sums[first..]) {
                 *dw += sum;
             }
+        });
+    }
+}
+
+/// A product whose sums run over rows, by the instructions of a tier.
+///
+/// # Safety
+/// The processor has AVX-512; `out` has room for the output, which no other thread touches.
+#[cfg(target_arch = "x86_64")]
+unsafe fn outer(
+    isa: Isa,
+    compute: Compute,
+    left: Left<'_>,
+    right: &impl outer::Rows,
+    extents: Extents,
+    old: Old,
+    out: SharedMut<f32>,
+) {
+    // SAFETY: passed on; an `Isa` of the last tier proves its instructions.
+    unsafe {
+        match (compute, isa.tier()) {
+            (Compute::F32, _) => outer::product::<outer::Plain>(left, right, extents, old, out),
+            (Compute::Bf16, Tier::Avx512Bf16) => {
+                outer::product::<outer::Pairs>(left, right, extents, old, out);
+            }
+            (Compute::Bf16, _) => outer::product::<outer::Rounded>(left, right, extents, old, out),
+        }
+    }
+}
+
+/// Rows of numbers.
+#[cfg(target_arch = "x86_64")]
+struct SliceRows<'a> {
+    data: &'a [f32],
+    width: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl outer::Rows for SliceRows<'_> {
+    fn with_rows(&self, first: usize, count: usize, work: impl FnOnce([&[f32]; 2])) {
+        let rows = &self.data[first * self.width..(first + count) * self.width];
+        let (one, other) = rows.split_at(self.width);
+        work([one, other]);
+    }
+}
+
+/// Rows of a weight, widened.
+#[cfg(target_arch = "x86_64")]
+struct WeightRows<'a> {
+    weight: Matrix<'a>,
+    k: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl outer::Rows for WeightRows<'_> {
+    fn with_rows(&self, first: usize, count: usize, work: impl FnOnce([&[f32]; 2])) {
+        if let Matrix::F32(data) = self.weight {
+            return SliceRows { data, width: self.k }.with_rows(first, count, work);
+        }
+        scratch::with(&scratch::WIDENED, count * self.k, |rows| {
+            for (i, row) in rows.chunks_exact_mut(self.k).enumerate() {
+                read(self.weight, self.k, first + i, 0, row);
+            }
+            let (one, other) = rows.split_at(self.k);
+            work([one, other]);
         });
     }
 }
@@ -176,11 +283,12 @@ mod tests {
     #[test]
     fn both_gradients_agree_with_the_plain_sums_on_every_tier() {
         for isa in Isa::available() {
-            for (m, n, k) in [(1, 1, 1), (3, 5, 7), (17, 33, 65), (40, 64, 128)] {
+            for (m, n, k) in [(1, 1, 1), (3, 5, 7), (17, 33, 65), (40, 64, 128), (700, 31, 20), (9, 650, 300)]
+            {
                 let (dy, w, x) = (noise(m * n, 1), noise(n * k, 2), noise(m * k, 3));
                 for (compute, bound) in [(Compute::F32, 1e-5), (Compute::Bf16, 0.05)] {
-                    let (mut dx, mut dw) = (vec![f32::NAN; m * k], vec![1.0; n * k]);
-                    linear_input(isa, compute, &dy, Matrix::F32(&w), k, &mut dx);
+                    let dx = linear_input(isa, compute, &dy, Matrix::F32(&w), k);
+                    let mut dw = vec![1.0; n * k];
                     linear_weight(isa, compute, &dy, &x, k, &mut dw);
                     let close = |got: f32, expected: f32, inner: usize| {
                         assert!(
@@ -203,11 +311,58 @@ mod tests {
     }
 
     #[test]
+    fn products_of_their_own_agree_with_the_transposing_ones() {
+        for isa in Isa::available() {
+            for (m, n, k) in [(1, 2, 3), (15, 29, 33), (130, 70, 100), (1100, 90, 130)] {
+                let (dy, w, x) = (noise(m * n, 1), noise(n * k, 2), noise(m * k, 3));
+                for compute in [Compute::F32, Compute::Bf16] {
+                    let (mut dw, mut expected_dw) = (vec![0.5; n * k], vec![0.5; n * k]);
+                    linear_weight(isa, compute, &dy, &x, k, &mut dw);
+                    transposing_weight(isa, compute, &dy, &x, k, &mut expected_dw);
+                    let dx = linear_input(isa, compute, &dy, Matrix::F32(&w), k);
+                    let expected_dx = transposing_input(isa, compute, &dy, Matrix::F32(&w), k);
+                    for (what, got, expected) in [("dw", &dw, &expected_dw), ("dx", &dx, &expected_dx)] {
+                        for (got, expected) in got.iter().zip(expected) {
+                            // The factors are rounded alike; the sums are not made in one order.
+                            assert!(
+                                (got - expected).abs() < 2e-4,
+                                "{what} {} {compute:?} {m} {n} {k}: {got} {expected}",
+                                isa.tier()
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_have_the_same_bits_on_any_number_of_threads_and_a_row_alone_those_in_a_batch() {
+        let (m, n, k) = (200, 96, 70);
+        let (dy, w, x) = (noise(m * n, 1), noise(n * k, 2), noise(m * k, 3));
+        for isa in Isa::available() {
+            for compute in [Compute::F32, Compute::Bf16] {
+                let on = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    pool.install(|| {
+                        let mut dw = vec![0.0; n * k];
+                        linear_weight(isa, compute, &dy, &x, k, &mut dw);
+                        (linear_input(isa, compute, &dy, Matrix::F32(&w), k), dw)
+                    })
+                };
+                let (dx, dw) = on(1);
+                assert_eq!((&dx, &dw), (&on(3).0, &on(3).1));
+                let alone = linear_input(isa, compute, &dy[5 * n..6 * n], Matrix::F32(&w), k);
+                assert_eq!(dx[5 * k..6 * k], alone);
+            }
+        }
+    }
+
+    #[test]
     fn a_wide_weight_is_taken_in_runs_of_columns() {
         let (m, n, k) = (2, 20_000, 200); // a run holds 128 columns
         let (dy, w) = (noise(m * n, 4), noise(n * k, 5));
-        let mut dx = vec![f32::NAN; m * k];
-        linear_input(Isa::best(), Compute::F32, &dy, Matrix::F32(&w), k, &mut dx);
+        let dx = transposing_input(Isa::best(), Compute::F32, &dy, Matrix::F32(&w), k);
         for (at, got) in dx.iter().enumerate() {
             let (t, c) = (at / k, at % k);
             let expected: f64 = (0..n).map(|r| f64::from(dy[t * n + r]) * f64::from(w[r * k + c])).sum();
@@ -230,9 +385,8 @@ mod tests {
         for isa in Isa::available() {
             for compute in [Compute::F32, Compute::Bf16] {
                 for (packed, wide) in [(Matrix::Nf4(packed), &wide), (Matrix::Q8(q8), &q8_wide)] {
-                    let (mut got, mut expected) = (vec![0.0; m * k], vec![0.0; m * k]);
-                    linear_input(isa, compute, &dy, packed, k, &mut got);
-                    linear_input(isa, compute, &dy, Matrix::F32(wide), k, &mut expected);
+                    let got = linear_input(isa, compute, &dy, packed, k);
+                    let expected = linear_input(isa, compute, &dy, Matrix::F32(wide), k);
                     assert_eq!(got, expected, "{} {compute:?}", isa.tier());
                 }
             }

@@ -10,6 +10,8 @@ mod cross_entropy;
 mod elementwise;
 mod linear;
 mod norm;
+#[cfg(target_arch = "x86_64")]
+mod outer;
 mod product;
 
 pub use attention::{Job, attention};

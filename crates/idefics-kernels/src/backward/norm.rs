@@ -5,46 +5,43 @@ use rayon::prelude::*;
 use super::columns::{add_in_order, rows_at_a_time};
 use crate::{Isa, isa::multiversion, math::sum_by};
 
-/// Gradient of `y = x · r · weight` with `r = 1 / √(mean(x²) + eps)`: writes `dx`, adds to `dweight`.
+/// Gradient of `y = x · r · weight` with `r = 1 / √(mean(x²) + eps)`: returns `dx`, adds to `dweight`.
 ///
 /// # Panics
-/// If `x`, `dy` and `dx` differ in length or `weight` does not divide them.
+/// If `x` and `dy` differ in length or `weight` does not divide them.
 pub fn rms_norm(
     isa: Isa,
     x: &[f32],
     weight: &[f32],
     eps: f32,
     dy: &[f32],
-    dx: &mut [f32],
     dweight: Option<&mut [f32]>,
-) {
-    by_rows(x, weight, dy, dx, dweight, None, |x, dy, dx, sums| {
+) -> Vec<f32> {
+    by_rows(x, weight, dy, dweight, None, |x, dy, dx, sums| {
         rms_norm_row(isa, x, weight, eps, dy, dx, &mut sums.weight);
-    });
+    })
 }
 
-/// Gradient of `y = (x - mean) · r · weight + bias` with `r = 1 / √(variance + eps)`: writes `dx`, adds to
+/// Gradient of `y = (x - mean) · r · weight + bias` with `r = 1 / √(variance + eps)`: returns `dx`, adds to
 /// `dweight` and `dbias`.
 ///
 /// # Panics
-/// If `x`, `dy` and `dx` differ in length or `weight` does not divide them.
-#[expect(clippy::too_many_arguments, reason = "what the forward pass read, and a gradient for each")]
+/// If `x` and `dy` differ in length or `weight` does not divide them.
 pub fn layer_norm(
     isa: Isa,
     x: &[f32],
     weight: &[f32],
     eps: f32,
     dy: &[f32],
-    dx: &mut [f32],
     dweight: Option<&mut [f32]>,
     dbias: Option<&mut [f32]>,
-) {
-    by_rows(x, weight, dy, dx, dweight, dbias, |x, dy, dx, sums| {
+) -> Vec<f32> {
+    by_rows(x, weight, dy, dweight, dbias, |x, dy, dx, sums| {
         layer_norm_row(isa, x, weight, eps, dy, dx, &mut sums.weight);
         for (sum, dy) in sums.bias.iter_mut().zip(dy) {
             *sum += dy;
         }
-    });
+    })
 }
 
 /// Gradients of the shared vectors over a run of rows.
@@ -57,19 +54,20 @@ fn by_rows(
     x: &[f32],
     weight: &[f32],
     dy: &[f32],
-    dx: &mut [f32],
     dweight: Option<&mut [f32]>,
     dbias: Option<&mut [f32]>,
     row: impl Fn(&[f32], &[f32], &mut [f32], &mut Sums) + Sync,
-) {
+) -> Vec<f32> {
     let width = weight.len();
     assert!(width > 0 && x.len().is_multiple_of(width), "rows of {width} expected in {}", x.len());
-    assert_eq!((dy.len(), dx.len()), (x.len(), x.len()), "gradients of the extents of x expected");
+    assert_eq!(dy.len(), x.len(), "a gradient of the extents of x expected");
     let run = width * rows_at_a_time(width);
-    let sums: Vec<Sums> = dx
+    let mut dx = Vec::with_capacity(x.len());
+    let sums: Vec<Sums> = dx.spare_capacity_mut()[..x.len()]
         .par_chunks_mut(run)
         .zip(x.par_chunks(run).zip(dy.par_chunks(run)))
         .map(|(dx, (x, dy))| {
+            let dx = dx.write_copy_of_slice(dy);
             let mut sums = Sums { weight: vec![0.0; width], bias: vec![0.0; width] };
             let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
             for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
@@ -78,6 +76,8 @@ fn by_rows(
             sums
         })
         .collect();
+    // SAFETY: the runs cover all elements, and each was written.
+    unsafe { dx.set_len(x.len()) };
     let (weights, biases): (Vec<_>, Vec<_>) = sums.into_iter().map(|sums| (sums.weight, sums.bias)).unzip();
     if let Some(dweight) = dweight {
         add_in_order(&weights, dweight);
@@ -85,6 +85,7 @@ fn by_rows(
     if let Some(dbias) = dbias {
         add_in_order(&biases, dbias);
     }
+    dx
 }
 
 multiversion! {
@@ -193,17 +194,17 @@ mod tests {
         let narrow = |values: &[f64]| values.iter().map(|v| *v as f32).collect::<Vec<_>>();
         let (x32, dy32, weight32) = (narrow(&x), narrow(&dy), narrow(&weight));
         for isa in Isa::available() {
-            let (mut dx, mut dw, mut db) =
-                (vec![f32::NAN; x.len()], vec![1.0f32; width], vec![0.0f32; width]);
-            if is_layer {
-                layer_norm(isa, &x32, &weight32, 1e-5, &dy32, &mut dx, Some(&mut dw), Some(&mut db));
+            let (mut dw, mut db) = (vec![1.0f32; width], vec![0.0f32; width]);
+            let dx = if is_layer {
+                let dx = layer_norm(isa, &x32, &weight32, 1e-5, &dy32, Some(&mut dw), Some(&mut db));
                 for (c, got) in db.iter().enumerate() {
                     let expected: f64 = dy.iter().skip(c).step_by(width).sum();
                     assert!((f64::from(*got) - expected).abs() < 1e-5, "bias {c}: {got} {expected}");
                 }
+                dx
             } else {
-                rms_norm(isa, &x32, &weight32, 1e-5, &dy32, &mut dx, Some(&mut dw));
-            }
+                rms_norm(isa, &x32, &weight32, 1e-5, &dy32, Some(&mut dw))
+            };
             for (i, got) in dx.iter().enumerate() {
                 let expected = slope(&x, i, &|x| loss(x, &weight));
                 assert!((f64::from(*got) - expected).abs() < 2e-4, "x {width} {i}: {got} {expected}");

@@ -23,7 +23,7 @@ use crate::{
     Isa,
     isa::multiversion,
     nf4::Nf4,
-    parallel::{SharedMut, for_each_run},
+    parallel::{SharedMut, filled, for_each_run},
     q8::Q8,
 };
 use job::Job;
@@ -83,6 +83,30 @@ pub fn linear(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
+    let (m, n) = check(x, weight, k, bias);
+    assert_eq!(out.len(), m * n, "an output of [{m}, {n}] was expected");
+    multiply(isa, compute, x, weight, k, bias, SharedMut::new(out));
+}
+
+/// [`linear`] into a new vector.
+///
+/// # Panics
+/// As [`linear`].
+pub fn product(
+    isa: Isa,
+    compute: Compute,
+    x: &[f32],
+    weight: Matrix<'_>,
+    k: usize,
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    let (m, n) = check(x, weight, k, bias);
+    // SAFETY: every kernel writes its whole panel, and the panels cover the output.
+    unsafe { filled(m * n, |out| multiply(isa, compute, x, weight, k, bias, out)) }
+}
+
+/// Rows of `x` and of `weight`, if the lengths fit together.
+fn check(x: &[f32], weight: Matrix<'_>, k: usize, bias: Option<&[f32]>) -> (usize, usize) {
     assert!(
         k > 0 && x.len().is_multiple_of(k) && weight.len().is_multiple_of(k),
         "{k} does not divide {} and {}",
@@ -90,14 +114,27 @@ pub fn linear(
         weight.len()
     );
     let (m, n) = (x.len() / k, weight.len() / k);
-    assert_eq!(out.len(), m * n, "an output of [{m}, {n}] was expected");
     assert!(bias.is_none_or(|bias| bias.len() == n), "a bias of [{n}] was expected");
+    (m, n)
+}
+
+/// The product behind [`linear`], its lengths checked; `out` has room for it.
+fn multiply(
+    isa: Isa,
+    compute: Compute,
+    x: &[f32],
+    weight: Matrix<'_>,
+    k: usize,
+    bias: Option<&[f32]>,
+    out: SharedMut<f32>,
+) {
+    let (m, n) = (x.len() / k, weight.len() / k);
     if m == 0 || n == 0 {
         return;
     }
     let rows = rows_at_once(m, k);
-    for (x, out) in x.chunks(rows * k).zip(out.chunks_mut(rows * n)) {
-        let job = Job { isa, k, m: x.len() / k, n, bias, out: SharedMut::new(out) };
+    for (part, x) in x.chunks(rows * k).enumerate() {
+        let job = Job { isa, k, m: x.len() / k, n, bias, out: out.behind(part * rows * n) };
         match (compute, weight) {
             (Compute::F32, Matrix::F32(weight)) => job.widened(x, weight),
             (Compute::F32, Matrix::F16(weight)) => job.widened(x, weight),

@@ -15,6 +15,9 @@ thread_local! {
     /// A panel of transposed weights.
     #[cfg(target_arch = "x86_64")]
     pub(crate) static PANEL: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    /// The rows of a factor of a gradient's product, packed.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) static RIGHT: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     /// The activations of a product, transposed.
     #[cfg(target_arch = "x86_64")]
     pub(crate) static ACTIVATIONS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };

@@ -330,7 +330,7 @@ impl StepModel for Model {
         if wanted.is_empty() {
             return Ok(vec![Vec::new(); rows.len()]);
         }
-        let logits = ops::to_vec(&self.logits(&ops::select_rows(&hidden, &wanted.into())?)?)?;
+        let logits = ops::to_vec(&self.logits(&ops::select_rows(&hidden, &wanted)?)?)?;
         let mut rest = logits.as_slice();
         Ok(counts
             .into_iter()

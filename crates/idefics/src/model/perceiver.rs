@@ -4,10 +4,14 @@
 //! Surprising: every block reads the same raw context, each through a norm of its own; keys and values cover
 //! the context and the latents, context first; the MLP uses ReLU and four times the vision width.
 
+use std::sync::Arc;
+
 use super::{ModelError, Observer, Stage, loader::Loader};
 use crate::{
     config::IdeficsConfig,
-    ops::{self, Activation, AttentionGroup, Context, Embedding, Heads, LayerNorm, Linear, Tensor, Visible},
+    ops::{
+        self, Activation, AttentionGroup, Context, Embedding, Heads, LayerNorm, Linear, Run, Tensor, Visible,
+    },
 };
 
 /// Epsilon of every LayerNorm here; the configuration has no field for it.
@@ -72,7 +76,7 @@ impl PerceiverResampler {
         observe: &mut Observer<'_>,
     ) -> ops::Result<Tensor> {
         let n_latents = self.latents.len();
-        let mut latents = ops::concat_rows(&vec![latents.clone(); lengths.len()])?; // [N·L, E]
+        let mut latents = ops::concat_rows(&vec![latents; lengths.len()])?; // [N·L, E]
         for (index, block) in self.blocks.iter().enumerate() {
             latents = block.forward(ctx, context, &latents, lengths, n_latents)?;
             observe(Stage::PerceiverBlock(index), &latents);
@@ -125,11 +129,16 @@ impl Block {
     ) -> ops::Result<Tensor> {
         let normed_context = self.context_layer_norm.forward(ctx, context)?; // [ΣP, E]
         let normed_latents = self.latents_layer_norm.forward(ctx, latents)?; // [N·L, E]
-        let seen = interleave(&normed_context, &normed_latents, lengths, n_latents)?; // [Σ(P+L), E]
-
+        // Products before rows are put together, so that going backward those of a context that nobody trains end here.
+        let interleave = interleave(lengths, n_latents);
+        let both = |linear: &Linear| {
+            let (context, latents) =
+                (linear.forward(ctx, &normed_context)?, linear.forward(ctx, &normed_latents)?);
+            ops::arrange_rows(&[&context, &latents], &interleave)
+        };
         let q = self.q_proj.forward(ctx, &normed_latents)?; // [N·L, H·K]
-        let k = self.k_proj.forward(ctx, &seen)?; // [Σ(P+L), H·K]
-        let v = self.v_proj.forward(ctx, &seen)?;
+        let k = both(&self.k_proj)?; // [Σ(P+L), H·K]
+        let v = both(&self.v_proj)?;
         let q = normed_heads(ctx, self.q_layer_norm.as_ref(), q)?;
         let k = normed_heads(ctx, self.k_layer_norm.as_ref(), k)?;
         let mut first = 0;
@@ -151,21 +160,16 @@ impl Block {
     }
 }
 
-/// Each image's context followed by its latents: `[ΣP, E]` and `[N·L, E]` to `[Σ(P+L), E]`.
-fn interleave(
-    context: &Tensor,
-    latents: &Tensor,
-    lengths: &[usize],
-    n_latents: usize,
-) -> ops::Result<Tensor> {
+/// Each image's context followed by its latents: rows of `[ΣP, ·]` and `[N·L, ·]` as those of `[Σ(P+L), ·]`.
+fn interleave(lengths: &[usize], n_latents: usize) -> Arc<[Run]> {
     let mut first = 0;
-    let mut parts = Vec::with_capacity(2 * lengths.len());
-    for (image, length) in lengths.iter().enumerate() {
-        parts.push(ops::rows(context, first, *length)?);
-        parts.push(ops::rows(latents, image * n_latents, n_latents)?);
-        first += length;
+    let mut runs = Vec::with_capacity(2 * lengths.len());
+    for (image, count) in lengths.iter().enumerate() {
+        runs.push(Run { part: 0, first, count: *count });
+        runs.push(Run { part: 1, first: image * n_latents, count: n_latents });
+        first += count;
     }
-    ops::concat_rows(&parts)
+    runs.into()
 }
 
 fn normed_heads(ctx: Context, norm: Option<&LayerNorm>, x: Tensor) -> ops::Result<Tensor> {

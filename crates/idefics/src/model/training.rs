@@ -7,14 +7,9 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use super::{
-    Model, ModelError,
-    decoder::Positions,
-    unobserved,
-    vision::{VisionTape, only},
-};
+use super::{Model, ModelError, decoder::Positions, unobserved, vision::VisionTape};
 use crate::{
-    ops::{self, AttentionGroup, LossSum, Segment, Tensor, Visible, next_token_loss},
+    ops::{self, AttentionGroup, Input, LossSum, Segment, Tensor, Visible, next_token_loss},
     processor::PixelValues,
 };
 
@@ -97,11 +92,12 @@ impl Model {
         let mut x = embedded;
         let positions =
             Positions { table: Arc::clone(&self.rotary), of_tokens: Arc::clone(&packed.positions) };
-        let mut segments: Vec<(Segment<'_>, bool)> = Vec::new(); // and whether it read the pictures
+        let mut segments: Vec<Segment<'_>> = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             if index.is_multiple_of(self.config().cross_layer_interval) {
                 let block = &self.gated_cross_attn_layers[index / self.config().cross_layer_interval];
                 let reads_images = !seen.rows.is_empty();
+                let is_x_needed = is_needed;
                 is_needed |= block.is_trained || (images_trained && reads_images);
                 let run = |x: &Tensor, images: Option<&Tensor>| {
                     block.forward_whole(ctx, x, images, &seen.rows, &seen.groups)
@@ -109,31 +105,35 @@ impl Model {
                 x = match (is_needed, image_states.filter(|_| reads_images)) {
                     (false, images) => run(&x, images)?,
                     (true, None) => {
-                        let (segment, out) = Segment::forward(&[x], keeps, move |x| run(&x[0], None))?;
-                        segments.push((segment, false));
+                        let inputs = [(x, followed_if(is_x_needed))];
+                        let (segment, out) = Segment::forward(&inputs, keeps, move |x| run(&x[0], None))?;
+                        segments.push(segment);
                         out
                     }
                     (true, Some(images)) => {
-                        let inputs = [x, images.clone()];
+                        let inputs =
+                            [(x, followed_if(is_x_needed)), (images.clone(), followed_if(images_trained))];
                         let (segment, out) =
                             Segment::forward(&inputs, keeps, move |x| run(&x[0], Some(&x[1])))?;
-                        segments.push((segment, true));
+                        segments.push(segment);
                         out
                     }
                 };
             }
+            let is_x_needed = is_needed;
             is_needed |= layer.is_trained;
             let run = |x: &Tensor| layer.forward_whole(ctx, x, &positions, &packed.sequences);
             x = if is_needed {
-                let (segment, out) = Segment::forward(&[x], keeps, move |x| run(&x[0]))?;
-                segments.push((segment, false));
+                let inputs = [(x, followed_if(is_x_needed))];
+                let (segment, out) = Segment::forward(&inputs, keeps, move |x| run(&x[0]))?;
+                segments.push(segment);
                 out
             } else {
                 run(&x)?
             };
         }
 
-        let (segment, hidden) = Segment::forward(&[x], keeps, |x| {
+        let (segment, hidden) = Segment::forward(&[(x, followed_if(is_needed))], keeps, |x| {
             self.norm.forward(ctx, &ops::select_rows(&x[0], &packed.wanted)?) // [n, D]
         })?;
         let heads: Vec<_> = self.lm_head.linears().collect();
@@ -147,12 +147,12 @@ impl Model {
         )?;
         drop(hidden);
 
-        let mut dy = only(segment.backward(&asked_for(gradient))?); // [T, D]
+        let mut dy = segment.backward(&asked_for(gradient))?.swap_remove(0); // [T, D]
         let mut image_gradient: Option<Tensor> = None; // [ΣL, E]
-        for (segment, reads_images) in segments.into_iter().rev() {
-            let mut gradients = segment.backward(&dy)?.into_iter();
-            dy = asked_for(gradients.next());
-            if let Some(gradient) = gradients.next().filter(|_| reads_images && images_trained) {
+        for segment in segments.into_iter().rev() {
+            let mut gradients = segment.backward(&asked_for(dy))?.into_iter();
+            dy = gradients.next().flatten();
+            if let Some(gradient) = gradients.next().flatten() {
                 image_gradient = Some(match image_gradient {
                     Some(sum) => ops::add(&sum, &gradient)?,
                     None => gradient,
@@ -160,7 +160,7 @@ impl Model {
             }
         }
         if self.embed_tokens.is_trained {
-            self.embed_tokens.backward(&packed.token_ids, &dy)?;
+            self.embed_tokens.backward(&packed.token_ids, &asked_for(dy))?;
         }
         if let Some(gradient) = image_gradient {
             images.backward(gradient)?;
@@ -179,7 +179,7 @@ impl Model {
         let states = self.encode_images(&images)?;
         let lengths =
             states.iter().map(|state| Ok(ops::dims2(&state.hidden)?.0)).collect::<ops::Result<Vec<_>>>()?;
-        let hidden: Vec<_> = states.iter().map(|state| state.hidden.clone()).collect();
+        let hidden: Vec<_> = states.iter().map(|state| &state.hidden).collect();
         let hidden = if hidden.is_empty() { None } else { Some(ops::concat_rows(&hidden)?) }; // [ΣL, E]
         let seen = packed.seen(&lengths);
         let positions =
@@ -289,7 +289,11 @@ impl Packed {
     }
 }
 
-/// A gradient that there is by construction: of the loss where a scale is given, of the first input of a segment.
+fn followed_if(is_needed: bool) -> Input {
+    if is_needed { Input::Followed } else { Input::Fixed }
+}
+
+/// A gradient that there is by construction: of the loss where a scale is given, of an input that is followed.
 fn asked_for(gradient: Option<Tensor>) -> Tensor {
     gradient.expect("a gradient that was asked for is there")
 }
@@ -323,7 +327,8 @@ impl<'a> ImageTape<'a> {
             let hidden = Some(perceiver.forward(ctx, &seen.hidden, &patches, &mut unobserved)?);
             return Ok(Self { model, vision: None, perceiver: None, hidden, lengths });
         }
-        let inputs = [seen.hidden, latents.to_tensor()?];
+        let inputs =
+            [(seen.hidden, followed_if(vision.is_needed())), (latents.to_tensor()?, Input::Followed)];
         let (segment, hidden) = Segment::forward(&inputs, tape == Tape::Keep, move |x| {
             perceiver.forward_from(ctx, &x[0], &x[1], &patches, &mut unobserved)
         })?;
@@ -336,16 +341,17 @@ impl<'a> ImageTape<'a> {
     }
 
     /// Takes the gradient of the states `[ΣL, E]` back to the weights.
-    fn backward(self, mut dy: Tensor) -> ops::Result<()> {
+    fn backward(self, dy: Tensor) -> ops::Result<()> {
+        let mut dy = Some(dy);
         if let (Some(segment), Some(perceiver)) = (self.perceiver, &self.model.perceiver) {
-            let mut gradients = segment.backward(&dy)?.into_iter();
-            dy = asked_for(gradients.next());
-            if let Some(latents) = gradients.next() {
+            let mut gradients = segment.backward(&asked_for(dy))?.into_iter();
+            dy = gradients.next().flatten();
+            if let Some(latents) = gradients.next().flatten() {
                 perceiver.latents().add_gradient(&latents)?;
             }
         }
         match self.vision.filter(VisionTape::is_needed) {
-            Some(vision) => vision.backward(dy),
+            Some(vision) => vision.backward(asked_for(dy)),
             None => Ok(()),
         }
     }

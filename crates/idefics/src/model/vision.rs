@@ -14,8 +14,8 @@ use super::{
 use crate::{
     config::VisionConfig,
     ops::{
-        self, Activation, AttentionGroup, Context, Embedding, Heads, LayerNorm, Linear, Segment, Tensor,
-        Visible,
+        self, Activation, AttentionGroup, Context, Embedding, Heads, Input, LayerNorm, Linear, Run, Segment,
+        Tensor, Visible,
     },
     processor::PixelValues,
 };
@@ -94,7 +94,7 @@ impl VisionTransformer {
             lengths.push(ops::dims2(&tokens)?.0);
             parts.push(tokens);
         }
-        let embedded = ops::concat_rows(&parts)?; // [ΣP, E]
+        let embedded = ops::concat_rows(&parts.iter().collect::<Vec<_>>())?; // [ΣP, E]
         observe(Stage::VisionEmbeddings, &embedded);
         let mut hidden = self.pre_layer_norm.forward(ctx, &embedded)?;
         let groups = groups(&lengths);
@@ -116,45 +116,49 @@ impl VisionTransformer {
         let keeps = tape == Tape::Keep;
         let side = self.embeddings.image_size / self.embeddings.patch_size;
         let lengths = vec![1 + side * side; images.len()];
-        let mut kept = VisionTape { tower: self, layers: Vec::new(), embeddings: Vec::new() };
-        let mut parts = Vec::with_capacity(images.len());
-        let (class, positions) =
-            (self.embeddings.class_embedding.to_tensor()?, self.embeddings.position_embedding.to_tensor()?);
+        let mut kept = VisionTape { tower: self, layers: Vec::new(), embeddings: None };
+        let embeddings = &self.embeddings;
         for image in images {
-            self.embeddings.check(image, OtherSizes::Refuse)?;
-            let patches = self.embeddings.unfold(image)?;
-            if self.embeddings.is_trained {
-                let inputs = [patches, class.clone(), positions.clone()];
-                let (segment, tokens) = Segment::forward(&inputs, keeps, move |x| {
-                    self.embeddings.embed(ctx, &x[0], &x[1], &x[2])
-                })?;
-                kept.embeddings.push(segment);
-                parts.push(tokens);
-            } else {
-                parts.push(self.embeddings.embed(ctx, &patches, &class, &positions)?);
-            }
+            embeddings.check(image, OtherSizes::Refuse)?;
         }
-        let mut hidden = ops::concat_rows(&parts)?; // [ΣP, E]
+        let patches = embeddings.unfold(images)?; // [Σ(P - 1), 3·p·p]
+        let (class, positions) =
+            (embeddings.class_embedding.to_tensor()?, embeddings.position_embedding.to_tensor()?);
+        let n_images = images.len();
+        let mut hidden = if embeddings.is_trained {
+            let inputs = [(patches, Input::Fixed), (class, Input::Followed), (positions, Input::Followed)];
+            let (segment, tokens) = Segment::forward(&inputs, keeps, move |x| {
+                embeddings.embed(ctx, &x[0], &x[1], &x[2], n_images)
+            })?;
+            kept.embeddings = Some(segment);
+            tokens
+        } else {
+            embeddings.embed(ctx, &patches, &class, &positions, n_images)?
+        }; // [ΣP, E]
         let groups = groups(&lengths);
-        let mut is_needed = self.embeddings.is_trained || self.pre_layer_norm.is_trained;
+        let followed_if = |is_needed| if is_needed { Input::Followed } else { Input::Fixed };
+        let mut is_needed = embeddings.is_trained || self.pre_layer_norm.is_trained;
         hidden = if is_needed {
+            let inputs = [(hidden, followed_if(embeddings.is_trained))];
             let (segment, out) =
-                Segment::forward(&[hidden], keeps, move |x| self.pre_layer_norm.forward(ctx, &x[0]))?;
+                Segment::forward(&inputs, keeps, move |x| self.pre_layer_norm.forward(ctx, &x[0]))?;
             kept.layers.push(segment);
             out
         } else {
             self.pre_layer_norm.forward(ctx, &hidden)?
         };
         for layer in &self.layers {
+            let inputs = [(hidden, followed_if(is_needed))];
             is_needed |= layer.is_trained;
+            let [(hidden_before, _)] = &inputs;
             hidden = if is_needed {
                 let groups = Arc::clone(&groups);
                 let (segment, out) =
-                    Segment::forward(&[hidden], keeps, move |x| layer.forward(ctx, &x[0], &groups))?;
+                    Segment::forward(&inputs, keeps, move |x| layer.forward(ctx, &x[0], &groups))?;
                 kept.layers.push(segment);
                 out
             } else {
-                layer.forward(ctx, &hidden, &groups)?
+                layer.forward(ctx, hidden_before, &groups)?
             };
         }
         Ok((VisionOutput { hidden, lengths }, kept))
@@ -165,8 +169,8 @@ impl VisionTransformer {
 pub(super) struct VisionTape<'a> {
     tower: &'a VisionTransformer,
     layers: Vec<Segment<'a>>,
-    /// One for each picture, if the embeddings are trained.
-    embeddings: Vec<Segment<'a>>,
+    /// If the embeddings are trained.
+    embeddings: Option<Segment<'a>>,
 }
 
 impl VisionTape<'_> {
@@ -176,27 +180,21 @@ impl VisionTape<'_> {
     }
 
     /// Takes the gradient of the output `[ΣP, E]` down to the lowest trained layer.
-    pub(super) fn backward(self, mut dy: Tensor) -> ops::Result<()> {
+    pub(super) fn backward(self, dy: Tensor) -> ops::Result<()> {
+        let mut dy = Some(dy);
         for segment in self.layers.into_iter().rev() {
-            dy = only(segment.backward(&dy)?);
+            let Some(above) = dy else { break };
+            dy = segment.backward(&above)?.swap_remove(0);
         }
-        let embeddings = &self.tower.embeddings;
-        let n_tokens = embeddings.position_embedding.len();
-        for (image, segment) in self.embeddings.into_iter().enumerate() {
-            let gradients = segment.backward(&ops::rows(&dy, image * n_tokens, n_tokens)?)?;
-            for (table, gradient) in
-                [&embeddings.class_embedding, &embeddings.position_embedding].into_iter().zip(&gradients[1..])
-            {
-                table.add_gradient(gradient)?;
+        if let (Some(segment), Some(dy)) = (self.embeddings, dy) {
+            let embeddings = &self.tower.embeddings;
+            let tables = [&embeddings.class_embedding, &embeddings.position_embedding];
+            for (table, gradient) in tables.into_iter().zip(segment.backward(&dy)?.into_iter().flatten()) {
+                table.add_gradient(&gradient)?;
             }
         }
         Ok(())
     }
-}
-
-/// The gradient of a segment's one input.
-pub(super) fn only(gradients: Vec<Tensor>) -> Tensor {
-    gradients.into_iter().next().expect("a segment has an input")
 }
 
 /// Pictures of `lengths` vectors each, which see themselves alone.
@@ -278,23 +276,29 @@ impl Embeddings {
         self.check(image, other_sizes)?;
         let (rows, columns) = (image.height / self.patch_size, image.width / self.patch_size);
         let positions = self.positions(rows, columns, image.height == image.width)?;
-        Ok(self.embed(ctx, &self.unfold(image)?, &self.class_embedding.to_tensor()?, &positions)?)
+        Ok(self.embed(ctx, &self.unfold(&[image])?, &self.class_embedding.to_tensor()?, &positions, 1)?)
     }
 
-    /// Patches `[P - 1, 3·p·p]` to `[P, E]`.
+    /// Patches `[N·(P - 1), 3·p·p]` of `N` pictures to `[N·P, E]`, each with the same positions `[P, E]`.
     fn embed(
         &self,
         ctx: Context,
         patches: &Tensor,
         class: &Tensor,
         positions: &Tensor,
+        n_images: usize,
     ) -> ops::Result<Tensor> {
-        let patches = self.patch_embedding.forward(ctx, patches)?; // [P - 1, E]
-        ops::add(&ops::concat_rows(&[class.clone(), patches])?, positions)
+        let patches = self.patch_embedding.forward(ctx, patches)?; // [N·(P - 1), E]
+        let count = ops::dims2(positions)?.0 - 1;
+        let runs = (0..n_images).flat_map(|image| {
+            [Run { part: 0, first: 0, count: 1 }, Run { part: 1, first: image * count, count }]
+        });
+        let tokens = ops::arrange_rows(&[class, &patches], &runs.collect())?; // [N·P, E]
+        ops::add(&tokens, &ops::concat_rows(&vec![positions; n_images])?)
     }
 
-    fn unfold(&self, image: &PixelValues) -> ops::Result<Tensor> {
-        unfold(image, self.patch_size)
+    fn unfold(&self, images: &[&PixelValues]) -> ops::Result<Tensor> {
+        unfold(images, self.patch_size)
     }
 
     /// Refuses a picture that the tower cannot read.
@@ -323,25 +327,28 @@ impl Embeddings {
         let grid = ops::to_vec(&ops::rows(&table, 1, side * side)?)?;
         let grid = bicubic(&grid, side, width, rows, columns);
         let grid = ops::tensor(grid, &[rows * columns, width])?;
-        ops::concat_rows(&[ops::rows(&table, 0, 1)?, grid])
+        ops::concat_rows(&[&ops::rows(&table, 0, 1)?, &grid])
     }
 }
 
-/// Patches as rows in the order of the convolution's kernel: `[3, height, width] -> [patches, 3·p·p]`.
-fn unfold(image: &PixelValues, patch: usize) -> ops::Result<Tensor> {
-    let (rows, columns) = (image.height / patch, image.width / patch);
-    let mut out = Vec::with_capacity(rows * columns * 3 * patch * patch);
-    for row in 0..rows {
-        for column in 0..columns {
-            for channel in 0..3 {
-                for y in 0..patch {
-                    let start = (channel * image.height + row * patch + y) * image.width + column * patch;
-                    out.extend_from_slice(&image.data[start..start + patch]);
+/// Patches as rows in the order of the convolution's kernel: each `[3, height, width]` to `[patches, 3·p·p]`.
+fn unfold(images: &[&PixelValues], patch: usize) -> ops::Result<Tensor> {
+    let n_patches = |image: &&PixelValues| image.height / patch * (image.width / patch);
+    let total: usize = images.iter().map(n_patches).sum();
+    let mut out = Vec::with_capacity(total * 3 * patch * patch);
+    for image in images {
+        for row in 0..image.height / patch {
+            for column in 0..image.width / patch {
+                for channel in 0..3 {
+                    for y in 0..patch {
+                        let start = (channel * image.height + row * patch + y) * image.width + column * patch;
+                        out.extend_from_slice(&image.data[start..start + patch]);
+                    }
                 }
             }
         }
     }
-    ops::tensor(out, &[rows * columns, 3 * patch * patch])
+    ops::tensor(out, &[total, 3 * patch * patch])
 }
 
 /// A square grid `[side, side, E]` resampled to `[rows, columns, E]` as `torch.nn.functional.interpolate` does

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape};
 use half::bf16;
 use idefics_kernels::{
     attention::{Job, Rows, attention},
@@ -10,8 +9,7 @@ use idefics_kernels::{
 };
 
 use super::{
-    AttentionGroup, Compute, Context, Heads, Result, Tensor, Visible, contiguous, gradient_slice, tensor,
-    with_slice,
+    AttentionGroup, Compute, Context, Heads, Result, Tensor, Visible, dims2, message, record, tensor,
 };
 
 /// Rows by which keys and values grow.
@@ -79,21 +77,20 @@ impl KeyValues {
 
 impl Buffer {
     fn append(&mut self, rows: &Tensor, first: usize, count: usize) -> Result<()> {
-        with_slice(rows, |rows, dims| {
-            let width = dims[1];
-            let new = &rows[first * width..(first + count) * width];
-            match self {
-                Self::F32(data) => {
-                    grow(data, new.len(), width);
-                    data.extend_from_slice(new);
-                }
-                Self::Bf16(data) => {
-                    grow(data, new.len(), width);
-                    data.extend(new.iter().map(|value| bf16::from_f32(*value)));
-                }
+        let width = dims2(rows)?.1;
+        let rows = rows.plain_elements()?;
+        let new = &rows[first * width..(first + count) * width];
+        match self {
+            Self::F32(data) => {
+                grow(data, new.len(), width);
+                data.extend_from_slice(new);
             }
-            Ok(())
-        })
+            Self::Bf16(data) => {
+                grow(data, new.len(), width);
+                data.extend(new.iter().map(|value| bf16::from_f32(*value)));
+            }
+        }
+        Ok(())
     }
 
     fn truncate(&mut self, len: usize) {
@@ -143,23 +140,20 @@ pub fn attention_with_cache(
     spans: &[Span<'_>],
 ) -> Result<Tensor> {
     let width = heads.n_heads * heads.head_dim;
-    with_slice(queries, |queries, dims| {
-        expect_rows("queries", dims, spans.iter().map(|span| span.n_queries).sum(), width)?;
-        let mut first = 0;
-        let jobs: Vec<_> = spans
-            .iter()
-            .map(|span| {
-                let rows = &queries[first * width..(first + span.n_queries) * width];
-                first += span.n_queries;
-                let (keys, values) = (span.memory.keys.rows(), span.memory.values.rows());
-                Job { queries: rows, keys, values, visible: span.visible }
-            })
-            .collect();
-        let mut out = vec![0.0; queries.len()];
-        attention(ctx.isa, heads, &jobs, &mut out);
-        Ok(out)
-    })
-    .and_then(|out| tensor(out, &[spans.iter().map(|span| span.n_queries).sum(), width]))
+    let n_queries = spans.iter().map(|span| span.n_queries).sum();
+    expect_rows("queries", queries.dims(), n_queries, width)?;
+    let queries = queries.plain_elements()?;
+    let mut first = 0;
+    let jobs: Vec<_> = spans
+        .iter()
+        .map(|span| {
+            let rows = &queries[first * width..(first + span.n_queries) * width];
+            first += span.n_queries;
+            let (keys, values) = (span.memory.keys.rows(), span.memory.values.rows());
+            Job { queries: rows, keys, values, visible: span.visible }
+        })
+        .collect();
+    tensor(attention(ctx.isa, heads, &jobs), &[n_queries, width])
 }
 
 /// Attention inside groups: every group's queries see its keys, as `visible` says. `queries` `[T, H·K]`, `keys`
@@ -173,88 +167,39 @@ pub fn attention_within(
     values: &Tensor,
     groups: &Arc<[AttentionGroup]>,
 ) -> Result<Tensor> {
-    let op = AttentionWithin { ctx, heads, groups: Arc::clone(groups) };
-    Ok(queries.apply_op3(keys, values, op)?)
+    let width = heads.n_heads * heads.head_dim;
+    let n_queries = groups.iter().map(|group| group.queries.1).sum();
+    let n_keys = groups.iter().map(|group| group.keys.0 + group.keys.1).max().unwrap_or(0);
+    expect_rows("queries", queries.dims(), n_queries, width)?;
+    for (what, x) in [("keys", keys), ("values", values)] {
+        expect_rows(what, x.dims(), x.dims()[0].max(n_keys), width)?;
+    }
+    let (q, k, v) = (queries.elements()?, keys.elements()?, values.elements()?);
+    let rows = |(first, count): (usize, usize)| first * width..(first + count) * width;
+    let jobs: Vec<_> = groups
+        .iter()
+        .map(|group| Job {
+            queries: &q[rows(group.queries)],
+            keys: Rows::F32(&k[rows(group.keys)]),
+            values: Rows::F32(&v[rows(group.keys)]),
+            visible: group.visible,
+        })
+        .collect();
+    let y = tensor(attention(ctx.isa, heads, &jobs), queries.dims())?;
+    let (groups, kept) = (Arc::clone(groups), [queries, keys, values].map(Tensor::without_tape));
+    Ok(record(&[queries, keys, values], y, false, move |dy, slopes| {
+        let (q, k, v) = (kept[0].elements()?, kept[1].elements()?, kept[2].elements()?);
+        let (dq, dk, dv) = backward::attention(ctx.isa, heads, &groups, (&q, &k, &v), &dy);
+        slopes.add(0, dq);
+        slopes.add(1, dk);
+        slopes.add(2, dv);
+        Ok(())
+    }))
 }
 
-struct AttentionWithin {
-    ctx: Context,
-    heads: Heads,
-    groups: Arc<[AttentionGroup]>,
-}
-
-impl CustomOp3 for AttentionWithin {
-    fn name(&self) -> &'static str {
-        "attention_within"
-    }
-
-    fn cpu_fwd(
-        &self,
-        queries: &CpuStorage,
-        queries_layout: &Layout,
-        keys: &CpuStorage,
-        keys_layout: &Layout,
-        values: &CpuStorage,
-        values_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let width = self.heads.n_heads * self.heads.head_dim;
-        let n_queries = self.groups.iter().map(|group| group.queries.1).sum();
-        let n_keys = self.groups.iter().map(|group| group.keys.0 + group.keys.1).max().unwrap_or(0);
-        expect_rows("queries", queries_layout.dims(), n_queries, width)?;
-        for (what, layout) in [("keys", keys_layout), ("values", values_layout)] {
-            expect_rows(what, layout.dims(), layout.dims()[0].max(n_keys), width)?;
-        }
-        let queries = contiguous(queries, queries_layout)?;
-        let (keys, values) = (contiguous(keys, keys_layout)?, contiguous(values, values_layout)?);
-        let rows = |data, (first, count): (usize, usize)| -> &[f32] {
-            let data: &[f32] = data;
-            &data[first * width..(first + count) * width]
-        };
-        let jobs: Vec<_> = self
-            .groups
-            .iter()
-            .map(|group| Job {
-                queries: rows(queries, group.queries),
-                keys: Rows::F32(rows(keys, group.keys)),
-                values: Rows::F32(rows(values, group.keys)),
-                visible: group.visible,
-            })
-            .collect();
-        let mut out = vec![0.0; queries.len()];
-        attention(self.ctx.isa, self.heads, &jobs, &mut out);
-        Ok((CpuStorage::F32(out), queries_layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        queries: &Tensor,
-        keys: &Tensor,
-        values: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (dq, dk, dv) = gradient_slice(dy, |dy| {
-            with_slice(queries, |q, _| {
-                // One closure per tensor: each lends its elements only while it is held.
-                let gradients = with_slice(keys, |k, _| {
-                    Ok(with_slice(values, |v, _| {
-                        Ok(backward::attention(self.ctx.isa, self.heads, &self.groups, (q, k, v), dy))
-                    })?)
-                })?;
-                Ok(gradients)
-            })
-        })?;
-        Ok((
-            Some(tensor(dq, queries.dims())?),
-            Some(tensor(dk, keys.dims())?),
-            Some(tensor(dv, values.dims())?),
-        ))
-    }
-}
-
-fn expect_rows(what: &str, dims: &[usize], rows: usize, width: usize) -> candle_core::Result<()> {
+fn expect_rows(what: &str, dims: &[usize], rows: usize, width: usize) -> Result<()> {
     if dims != [rows, width] {
-        candle_core::bail!("attention: {what} of [{rows}, {width}] expected, got {dims:?}");
+        return Err(message(format!("attention: {what} of [{rows}, {width}] expected, got {dims:?}")));
     }
     Ok(())
 }

@@ -1,13 +1,16 @@
 //! Dropout whose choice depends on a seed and a place alone, so that a layer that runs again chooses the same.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
-
-use super::{Result, Tensor, contiguous, gradient_slice, tensor};
+use super::{Result, Tensor, record, tensor};
 
 /// Zeroes each element with probability `share` and divides the others by `1 - share`. The elements that are
 /// zeroed depend on `seed` and on their place.
 pub(super) fn dropout(x: &Tensor, share: f32, seed: u64) -> Result<Tensor> {
-    Ok(x.apply_op1(Dropout { share, seed })?)
+    let dropout = Dropout { share, seed };
+    let y = tensor(dropout.apply(&x.elements()?), x.dims())?;
+    Ok(record(&[x], y, false, move |dy, slopes| {
+        slopes.add(0, dropout.apply(&dy));
+        Ok(())
+    }))
 }
 
 struct Dropout {
@@ -24,20 +27,6 @@ impl Dropout {
             .enumerate()
             .map(|(at, value)| if mix(self.seed ^ mix(at as u64)) >> 32 < limit { 0.0 } else { value * kept })
             .collect()
-    }
-}
-
-impl CustomOp1 for Dropout {
-    fn name(&self) -> &'static str {
-        "dropout"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(self.apply(contiguous(storage, layout)?)), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(tensor(gradient_slice(dy, |dy| Ok(self.apply(dy)))?, x.dims())?))
     }
 }
 

@@ -2,13 +2,9 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
-use idefics_kernels::{Matrix, backward, linear::linear};
+use idefics_kernels::{Matrix, backward, linear::product};
 
-use super::{
-    Context, Gradient, Result, Tensor, add_times, contiguous, dropout::dropout, gradient_slice, tensor,
-    with_slice,
-};
+use super::{Context, Gradient, Result, Tensor, add_times, dims2, dropout::dropout, message, record, tensor};
 use crate::checkpoint::{DType, LinearWeight, PackedWeight, Weight};
 
 /// `x · Wᵀ + b` with `W` of `[N, K]`, and what low-rank factors add to it.
@@ -16,9 +12,15 @@ use crate::checkpoint::{DType, LinearWeight, PackedWeight, Weight};
 pub struct Linear {
     weight: LinearWeight,
     bias: Option<Arc<[f32]>>,
-    gradient: Option<Gradient>,
-    bias_gradient: Option<Gradient>,
+    gradients: Gradients,
     low_rank: Vec<(Linear, Linear, LowRankScale)>,
+}
+
+/// Where the gradients of weight and bias go; none for what is frozen.
+#[derive(Debug, Clone, Default)]
+struct Gradients {
+    weight: Option<Gradient>,
+    bias: Option<Gradient>,
 }
 
 /// Low-rank factors beside a product (LoRA, Hu et al., 2021): `y += scale · B(A(dropout(x)))`.
@@ -53,8 +55,7 @@ impl Linear {
         Self {
             weight: weight.into(),
             bias: bias.map(|bias| bias.to_f32_vec().into()),
-            gradient: None,
-            bias_gradient: None,
+            gradients: Gradients::default(),
             low_rank: Vec::new(),
         }
     }
@@ -62,7 +63,7 @@ impl Linear {
     /// Says where the gradients of weight and bias go; none for what is frozen.
     #[must_use]
     pub fn with_gradients(mut self, weight: Option<Gradient>, bias: Option<Gradient>) -> Self {
-        (self.gradient, self.bias_gradient) = (weight, bias);
+        self.gradients = Gradients { weight, bias };
         self
     }
 
@@ -82,14 +83,22 @@ impl Linear {
 
     /// `[T, K] -> [T, N]`.
     pub fn forward(&self, ctx: Context, x: &Tensor) -> Result<Tensor> {
-        let op = LinearOp {
-            ctx,
-            weight: self.weight.clone(),
-            bias: self.bias.clone(),
-            gradient: self.gradient.clone(),
-            bias_gradient: self.bias_gradient.clone(),
-        };
-        let mut y = x.apply_op1(op)?;
+        let (n, k) = self.extents()?;
+        let (rows, width) = dims2(x)?;
+        if width != k {
+            return Err(message(format!("linear: rows of {k} expected, got {width}")));
+        }
+        let bias = self.bias.as_deref();
+        let y = product(ctx.isa, ctx.compute, &x.elements()?, matrix(&self.weight), k, bias);
+        let (weight, gradients, kept) = (self.weight.clone(), self.gradients.clone(), x.without_tape());
+        let trains = gradients.weight.is_some() || gradients.bias.is_some();
+        let mut y = record(&[x], tensor(y, &[rows, n])?, trains, move |dy, slopes| {
+            gradients.add(ctx, &kept.elements()?, &dy, k);
+            if slopes.wants(0) {
+                slopes.add(0, backward::linear_input(ctx.isa, ctx.compute, &dy, matrix(&weight), k));
+            }
+            Ok(())
+        });
         for (a, b, low_rank) in &self.low_rank {
             let LowRankScale { scale, dropout: share, dropout_seed } = *low_rank;
             let seen = if share > 0.0 { dropout(x, share, dropout_seed)? } else { x.clone() };
@@ -103,15 +112,17 @@ impl Linear {
     /// weights are added where they go. For layers without low-rank factors.
     pub fn backward(&self, ctx: Context, x: &[f32], dy: &[f32]) -> Vec<f32> {
         debug_assert!(self.low_rank.is_empty(), "low-rank factors go through the tape");
-        let op = LinearOp {
-            ctx,
-            weight: self.weight.clone(),
-            bias: None,
-            gradient: self.gradient.clone(),
-            bias_gradient: self.bias_gradient.clone(),
-        };
-        op.add_gradients(x, dy);
-        op.input_gradient(x.len(), dy)
+        let k = self.weight.shape()[1];
+        self.gradients.add(ctx, x, dy, k);
+        backward::linear_input(ctx.isa, ctx.compute, dy, matrix(&self.weight), k)
+    }
+
+    /// `N` and `K`.
+    fn extents(&self) -> Result<(usize, usize)> {
+        match self.weight.shape() {
+            [n, k] => Ok((*n, *k)),
+            other => Err(message(format!("a weight of two dimensions expected, got {other:?}"))),
+        }
     }
 
     /// Number of weights, bias not counted.
@@ -135,70 +146,15 @@ impl Linear {
     }
 }
 
-struct LinearOp {
-    ctx: Context,
-    weight: LinearWeight,
-    bias: Option<Arc<[f32]>>,
-    gradient: Option<Gradient>,
-    bias_gradient: Option<Gradient>,
-}
-
-impl LinearOp {
-    /// Adds the gradients of the weight and the bias where they are trained.
-    fn add_gradients(&self, x: &[f32], dy: &[f32]) {
-        if let Some(gradient) = &self.gradient {
-            let k = self.weight.shape()[1];
-            backward::linear_weight(self.ctx.isa, self.ctx.compute, dy, x, k, &mut gradient.lock());
+impl Gradients {
+    /// Adds those of `dy` `[T, N]` and the input `x` `[T, k]`.
+    fn add(&self, ctx: Context, x: &[f32], dy: &[f32], k: usize) {
+        if let Some(gradient) = &self.weight {
+            backward::linear_weight(ctx.isa, ctx.compute, dy, x, k, &mut gradient.lock());
         }
-        if let Some(gradient) = &self.bias_gradient {
+        if let Some(gradient) = &self.bias {
             backward::add_column_sums(dy, &mut gradient.lock());
         }
-    }
-
-    /// The gradient of an input of `len` numbers.
-    fn input_gradient(&self, len: usize, dy: &[f32]) -> Vec<f32> {
-        let mut dx = vec![0.0; len];
-        let k = self.weight.shape()[1];
-        backward::linear_input(self.ctx.isa, self.ctx.compute, dy, matrix(&self.weight), k, &mut dx);
-        dx
-    }
-}
-
-impl CustomOp1 for LinearOp {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (n, k) = match self.weight.shape() {
-            [n, k] => (*n, *k),
-            other => candle_core::bail!("a weight of two dimensions expected, got {other:?}"),
-        };
-        let (rows, width) = layout.shape().dims2()?;
-        if width != k {
-            candle_core::bail!("linear: rows of {k} expected, got {width}");
-        }
-        let mut out = vec![0.0; rows * n];
-        linear(
-            self.ctx.isa,
-            self.ctx.compute,
-            contiguous(storage, layout)?,
-            matrix(&self.weight),
-            k,
-            self.bias.as_deref(),
-            &mut out,
-        );
-        Ok((CpuStorage::F32(out), (rows, n).into()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let dx = gradient_slice(dy, |dy| {
-            with_slice(x, |x, _| {
-                self.add_gradients(x, dy);
-                Ok(self.input_gradient(x.len(), dy))
-            })
-        })?;
-        Ok(Some(tensor(dx, x.dims())?))
     }
 }
 
@@ -246,10 +202,8 @@ impl Embedding {
     /// Adds the gradient of all rows `[V, D]` where it goes, if the table is trained.
     pub fn add_gradient(&self, gradient: &Tensor) -> Result<()> {
         let Some(sum) = &self.gradient else { return Ok(()) };
-        gradient_slice(gradient, |gradient| {
-            sum.add_at(0, gradient);
-            Ok(())
-        })
+        sum.add_at(0, &gradient.plain_elements()?);
+        Ok(())
     }
 
     /// Adds the gradient of row `index` where it goes, if the table is trained.

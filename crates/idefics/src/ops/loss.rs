@@ -1,12 +1,17 @@
 //! The next-token objective: head, cross-entropy and their gradients, a few positions at a time.
 
-use candle_core::Result as CandleResult;
-use idefics_kernels::backward::cross_entropy;
+use idefics_kernels::{
+    backward::cross_entropy,
+    elementwise::add,
+    rows::{beside, columns, zeros},
+};
 
-use super::{Context, Linear, Result, Tensor, tensor, with_slice};
+use super::{Context, Linear, Result, Tensor, dims2, message, rows, tensor};
 
-/// Positions whose logits are in memory at a time.
-const POSITIONS: usize = 256;
+/// Logits that are in memory at a time, but for [`FEWEST_POSITIONS`].
+const LOGITS: usize = 4 << 20;
+/// Positions whose logits are computed together, however large the vocabulary is.
+const FEWEST_POSITIONS: usize = 256;
 
 /// Losses summed over targets.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -47,58 +52,52 @@ pub fn next_token_loss(
     z_loss: f32,
     gradient_scale: Option<f32>,
 ) -> Result<(LossSum, Option<Tensor>)> {
-    let (n, width) = super::dims2(hidden)?;
-    with_slice(hidden, |hidden, _| {
-        if n != targets.len() {
-            candle_core::bail!("loss: {n} positions for {} targets", targets.len());
+    let (n, width) = dims2(hidden)?;
+    if n != targets.len() {
+        return Err(message(format!("loss: {n} positions for {} targets", targets.len())));
+    }
+    let mut sum = LossSum::default();
+    let mut gradient = Vec::with_capacity(if gradient_scale.is_some() { n * width } else { 0 });
+    let outputs: usize = heads.iter().map(|head| head.out_features()).sum();
+    let positions = (LOGITS / outputs.max(1)).max(FEWEST_POSITIONS);
+    for (first, targets) in (0..n).step_by(positions).zip(targets.chunks(positions)) {
+        let hidden = rows(hidden, first, targets.len())?;
+        let mut logits = logits(ctx, &hidden, heads)?; // [n, V + A]
+        let losses = cross_entropy(ctx.isa, &mut logits, targets, z_loss, gradient_scale.unwrap_or(0.0));
+        for loss in losses {
+            sum.cross_entropy += f64::from(loss.cross_entropy);
+            sum.z += f64::from(loss.log_sum) * f64::from(loss.log_sum);
+            sum.n_targets += 1;
+            sum.n_correct += usize::from(loss.is_correct);
         }
-        let mut sum = LossSum::default();
-        let mut gradient = Vec::with_capacity(if gradient_scale.is_some() { hidden.len() } else { 0 });
-        for (hidden, targets) in hidden.chunks(POSITIONS * width).zip(targets.chunks(POSITIONS)) {
-            let mut logits = logits(ctx, hidden, width, heads)?; // [n, V + A]
-            let losses = cross_entropy(ctx.isa, &mut logits, targets, z_loss, gradient_scale.unwrap_or(0.0));
-            for loss in losses {
-                sum.cross_entropy += f64::from(loss.cross_entropy);
-                sum.z += f64::from(loss.log_sum) * f64::from(loss.log_sum);
-                sum.n_targets += 1;
-                sum.n_correct += usize::from(loss.is_correct);
-            }
-            if gradient_scale.is_some() {
-                gradient.extend(hidden_gradient(ctx, hidden, width, heads, &logits));
-            }
+        if gradient_scale.is_some() {
+            gradient.extend(hidden_gradient(ctx, &hidden.plain_elements()?, heads, &logits));
         }
-        Ok((sum, gradient_scale.is_some().then_some(gradient)))
-    })
-    .and_then(|(sum, gradient)| {
-        Ok((sum, gradient.map(|gradient| tensor(gradient, &[n, width])).transpose()?))
-    })
+    }
+    let gradient = gradient_scale.map(|_| tensor(gradient, &[n, width])).transpose()?;
+    Ok((sum, gradient))
 }
 
 /// `[n, D]` to `[n, ΣV]`, a row of each head's logits behind the other's.
-fn logits(ctx: Context, hidden: &[f32], width: usize, heads: &[&Linear]) -> CandleResult<Vec<f32>> {
-    let rows = hidden.len() / width;
-    let x = tensor(hidden.to_vec(), &[rows, width])?;
-    let parts: Vec<Tensor> = heads.iter().map(|head| head.forward(ctx, &x)).collect::<Result<_>>()?;
-    if let [only] = parts.as_slice() {
-        return Ok(super::to_vec(only)?);
-    }
-    Ok(super::to_vec(&Tensor::cat(&parts, 1)?)?)
+fn logits(ctx: Context, hidden: &Tensor, heads: &[&Linear]) -> Result<Vec<f32>> {
+    let parts: Vec<Tensor> = heads.iter().map(|head| head.forward(ctx, hidden)).collect::<Result<_>>()?;
+    let parts: Vec<_> = parts.iter().map(Tensor::plain_elements).collect::<Result<_>>()?;
+    let parts: Vec<_> = heads.iter().zip(&parts).map(|(head, part)| (&**part, head.out_features())).collect();
+    Ok(beside(&parts))
 }
 
 /// The gradient of hidden states `[n, D]` from that of their logits `[n, ΣV]`.
-fn hidden_gradient(ctx: Context, hidden: &[f32], width: usize, heads: &[&Linear], dy: &[f32]) -> Vec<f32> {
+fn hidden_gradient(ctx: Context, hidden: &[f32], heads: &[&Linear], dy: &[f32]) -> Vec<f32> {
     let total: usize = heads.iter().map(|head| head.out_features()).sum();
-    let mut sum = vec![0.0; hidden.len()];
+    if let [only] = heads {
+        return only.backward(ctx, hidden, dy);
+    }
+    let mut sum = zeros(hidden.len());
     let mut first = 0;
     for head in heads {
-        let columns = head.out_features();
-        let part: Vec<f32> =
-            dy.chunks_exact(total).flat_map(|row| &row[first..first + columns]).copied().collect();
-        first += columns;
-        debug_assert_eq!(hidden.len() % width, 0);
-        for (sum, value) in sum.iter_mut().zip(head.backward(ctx, hidden, &part)) {
-            *sum += value;
-        }
+        let part = columns(dy, total, first..first + head.out_features());
+        first += head.out_features();
+        add(&mut sum, &head.backward(ctx, hidden, &part));
     }
     sum
 }

@@ -2,8 +2,9 @@
 //!
 //! Activations are `f32` tensors, `[T, D]` with the tokens of all sequences laid end to end. Weights are never
 //! tensors: an operation carries the [`Weight`](crate::checkpoint::Weight) it reads, where the checkpoint is
-//! mapped, and the [`Gradient`] it adds to when it is trained. Operations are candle `CustomOp`s, so a backward pass
-//! that is missing is an error there and never a silently lost gradient.
+//! mapped, and the [`Gradient`] it adds to when it is trained. The tape is our own: the tensor library's adds
+//! gradients up in new memory, on one thread or on a pool of its own. An operation without a backward pass refuses
+//! a tensor that is on a tape, so a gradient is never silently lost.
 
 mod attention;
 mod dropout;
@@ -14,7 +15,6 @@ mod row_ops;
 mod tape;
 
 pub use attention::{GROWTH_ROWS, KeyValues, Span, attention_with_cache, attention_within};
-pub use candle_core::Tensor;
 pub use gradient::Gradient;
 pub use idefics_kernels::backward::Job as AttentionGroup;
 pub use idefics_kernels::{
@@ -22,17 +22,21 @@ pub use idefics_kernels::{
     attention::{Heads, Visible},
     elementwise::Activation,
     rope::RotaryTable,
+    rows::Run,
 };
 pub use linear::{Embedding, Linear, LowRank};
 pub use loss::{LossSum, next_token_loss};
 pub use row_ops::{
-    Gate, LayerNorm, RmsNorm, activate, activate_gate, add, add_scaled, concat_columns, concat_rows,
-    replace_rows, rotate, rows, select_rows,
+    Gate, LayerNorm, RmsNorm, activate, activate_gate, add, add_scaled, arrange_rows, concat_columns,
+    concat_rows, replace_rows, rotate, rows, select_rows,
 };
-pub use tape::Segment;
+pub use tape::{Input, Segment};
 
-use candle_core::{CpuStorage, Device, Layout};
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, Device, Storage};
 use row_ops::add_times;
+use tape::{Place, owned, record};
 
 /// How operations are computed: with which instructions, and what products are rounded to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,45 +61,77 @@ impl From<TensorError> for candle_core::Error {
 /// Result of an operation.
 pub type Result<T, E = TensorError> = std::result::Result<T, E>;
 
+/// Numbers with extents, `f32`. Clones share them. Inside a [`Segment`] that runs on a tape, it knows its place there.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    values: candle_core::Tensor,
+    place: Option<Place>,
+}
+
+/// The elements of a contiguous tensor, lent.
+struct Elements<S> {
+    storage: S,
+    range: Range<usize>,
+}
+
+impl Tensor {
+    /// The extents.
+    pub fn dims(&self) -> &[usize] {
+        self.values.dims()
+    }
+
+    /// The same numbers, on no tape.
+    fn without_tape(&self) -> Self {
+        Self { values: self.values.clone(), place: None }
+    }
+
+    /// The elements, for an operation that records its way back.
+    fn elements(&self) -> Result<impl Deref<Target = [f32]>> {
+        let (storage, layout) = self.values.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            return Err(message(format!("a contiguous tensor expected, got strides {:?}", layout.stride())));
+        };
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(_)) => Ok(Elements { storage, range: start..end }),
+            _ => Err(message("f32 on the CPU expected".to_owned())),
+        }
+    }
+
+    /// The elements, for an operation that has no way back.
+    fn plain_elements(&self) -> Result<impl Deref<Target = [f32]>> {
+        if self.place.is_some() {
+            return Err(message("an operation without a backward pass on a tape".to_owned()));
+        }
+        self.elements()
+    }
+}
+
+impl<S: Deref<Target = Storage>> Deref for Elements<S> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => unreachable!("looked at when it was lent"),
+        }
+    }
+}
+
+fn message(text: String) -> TensorError {
+    TensorError(candle_core::Error::Msg(text))
+}
+
 /// A tensor of `values` with extents `shape`.
 pub fn tensor(values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    Ok(Tensor { values: candle_core::Tensor::from_vec(values, shape, &Device::Cpu)?, place: None })
 }
 
 /// A copy of the elements, row-major.
 pub fn to_vec(x: &Tensor) -> Result<Vec<f32>> {
-    with_slice(x, |values, _| Ok(values.to_vec()))
+    Ok(x.plain_elements()?.to_vec())
 }
 
 /// The extents of a tensor of two dimensions, `[rows, width]`.
 pub fn dims2(x: &Tensor) -> Result<(usize, usize)> {
-    Ok(x.dims2()?)
-}
-
-/// The same elements under other extents.
-pub fn reshape(x: &Tensor, shape: &[usize]) -> Result<Tensor> {
-    Ok(x.reshape(shape)?)
-}
-
-/// Lends the elements of a contiguous `f32` tensor with its extents.
-fn with_slice<R>(x: &Tensor, work: impl FnOnce(&[f32], &[usize]) -> candle_core::Result<R>) -> Result<R> {
-    let (storage, layout) = x.storage_and_layout();
-    let candle_core::Storage::Cpu(storage) = &*storage else {
-        return Err(TensorError(candle_core::Error::Msg("a tensor on the CPU expected".to_owned())));
-    };
-    Ok(work(contiguous(storage, layout)?, layout.dims())?)
-}
-
-/// Lends the elements of a gradient, which the tape may hand over in any layout.
-fn gradient_slice<R>(dy: &Tensor, work: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let dy = dy.contiguous()?;
-    with_slice(&dy, |dy, _| Ok(work(dy)?))
-}
-
-/// The elements of a contiguous `f32` storage.
-fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        candle_core::bail!("a contiguous tensor expected, got strides {:?}", layout.stride());
-    };
-    Ok(&storage.as_slice::<f32>()?[start..end])
+    Ok(x.values.dims2()?)
 }

@@ -158,7 +158,7 @@ unsafe impl Lane for RoundedSingle {
 /// # Safety
 /// AVX-512 F.
 #[inline(always)]
-unsafe fn round(values: __m512) -> __m512i {
+pub(crate) unsafe fn round(values: __m512) -> __m512i {
     // SAFETY: the contract.
     unsafe {
         let bits = _mm512_castps_si512(values);

@@ -95,7 +95,7 @@ unsafe fn scatter<const ALIGNED: bool>(registers: [__m512i; LANES], stride: usiz
 /// # Safety
 /// AVX-512 F.
 #[inline(always)]
-unsafe fn transpose_registers(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+pub(crate) unsafe fn transpose_registers(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     // SAFETY: AVX-512 F by the contract.
     unsafe {
         // Of each group of four rows: column c of every quarter, c = 0..4.
