@@ -16,7 +16,7 @@ use toml::{Table, Value};
 
 use crate::{
     data::{RandomResizedCrop, SequenceConfig, SourceConfig},
-    freeze::Trainable,
+    freeze::{Rate, Trainable},
     optim::AdamW,
     packing::BatchConfig,
     parameters::Precision,
@@ -466,6 +466,9 @@ impl TrainConfig {
             "a number that is not negative",
             &optimizer.end_learning_rate,
         )?;
+        for Rate { factor, .. } in &self.trainable.rates {
+            check(rate(*factor), "trainable.rates.factor", "a number that is not negative", factor)?;
+        }
         for (field, beta) in [("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)] {
             check((0.0..1.0).contains(&beta), field, "a number from 0 to below 1", &beta)?;
         }
@@ -606,6 +609,10 @@ mod tests {
         check("[batch]\ntokens = 10\n", "batch.tokens: expected at least `sequence.length`, got 10");
         check("[evaluation]\nheld_out = 1.5\n", "evaluation.held_out: expected a share");
         check("[augment]\nscale = [0.5, 2.0]\n", "augment: expected ranges");
+        check(
+            "[[trainable.rates]]\nparts = ['vision']\nfactor = -1.0\n",
+            "trainable.rates.factor: expected a number that is not negative, got -1",
+        );
         let neither = parse(&SHORTEST.replace("steps = 10", ""), &[]).unwrap_err();
         assert_eq!(neither, "run: expected either `steps` or `epochs`, got neither");
     }

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::steps::Folders;
+use crate::{calibrate, steps::Folders};
 
 /// In their order.
 const STAGES: [&str; 4] = ["1-text", "2-blocks", "3-joint", "4-all"];
@@ -58,7 +58,8 @@ pub(crate) fn init(folders: &Folders) -> Result<()> {
     ];
     let mut arguments = vec!["init", "--vision", "vision", "--text", "text", "--out", "init"];
     arguments.extend(blocks);
-    idefics(folders, &arguments)
+    idefics(folders, &arguments)?;
+    calibrate::calibrate(folders, &out)
 }
 
 /// All stages; one that was cut off goes on where it was saved.
