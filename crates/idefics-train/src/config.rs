@@ -568,11 +568,13 @@ mod tests {
             .skip(1)
             .map(|block| block.split("```").next().unwrap().replace("\n   ", "\n"))
             .collect();
-        assert_eq!(blocks.len(), 2);
+        assert_eq!(blocks.len(), 3);
         parse(&blocks[0], &[]).unwrap();
         let head = "model = 'm'\noutput = 'o'\n";
         let tail = "[[data]]\nformat = 'jsonl'\npath = 'x'\n";
-        let all = parse(&format!("{head}{}{tail}", blocks[1]), &[]).unwrap();
+        let rates = parse(&format!("{SHORTEST}{}", blocks[1]), &[]).unwrap();
+        assert_eq!(rates.trainable.rate_factor("model.vision_model.x"), 0.1);
+        let all = parse(&format!("{head}{}{tail}", blocks[2]), &[]).unwrap();
         let plain = parse(&format!("{head}[run]\nsteps = 1000\n{tail}"), &[]).unwrap();
         assert_eq!(all.lora, Some(LoraOptions::default()));
         assert_eq!(all.augment.unwrap().scale, RandomResizedCrop::default().scale);
