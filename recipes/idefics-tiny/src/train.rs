@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{calibrate, steps::Folders};
 
 /// In their order.
-const STAGES: [&str; 4] = ["1-text", "2-blocks", "3-joint", "4-all"];
+const STAGES: [&str; 4] = ["1-text", "2-names", "3-joint", "4-all"];
 
 fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
     let name = format!("idefics{}", std::env::consts::EXE_SUFFIX);
@@ -88,6 +88,15 @@ pub(crate) fn quantize(folders: &Folders) -> Result<()> {
     let last = format!("runs/{}/model", STAGES[STAGES.len() - 1]);
     idefics(
         folders,
-        &["quantize", &last, "idefics-tiny", "--format", "q8", "--parts", "text,cross,vision,perceiver"],
+        &[
+            "quantize",
+            &last,
+            "idefics-tiny",
+            "--format",
+            "nf4",
+            "--double-quant",
+            "--parts",
+            "text,cross,vision,perceiver",
+        ],
     )
 }

@@ -178,7 +178,7 @@ impl Maker {
 /// The sets that the stages of training read.
 pub(crate) const PLANS: [Plan; 4] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
-    Plan { name: "blocks", kind: Kind::Naming, samples: 60_000, seed: 2 },
+    Plan { name: "names", kind: Kind::Naming, samples: 60_000, seed: 2 },
     Plan { name: "joint", kind: Kind::Joint, samples: 100_000, seed: 3 },
     Plan { name: "finish", kind: Kind::Joint, samples: 30_000, seed: 4 },
 ];
