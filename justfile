@@ -28,6 +28,11 @@ serving:
     IDEFICS=target/release/idefics tests/clients/run
     IDEFICS=target/release/idefics tests/browser/run target/release/screenshots
 
+# Spans of requests by OpenTelemetry, which the default build leaves out.
+otel:
+    cargo clippy --release -p idefics-server --all-targets --features otel -- -D warnings
+    cargo test --release -p idefics-server --features otel trace
+
 # Run every example on the small model of the fixtures.
 examples:
     for file in crates/idefics/examples/*.rs; do cargo run --release -p idefics --example "$(basename "$file" .rs)" || exit 1; done

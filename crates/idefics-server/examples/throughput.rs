@@ -1,248 +1,226 @@
-//! What many clients get out of one model, and what the server costs on top of its engine.
+//! What many clients get out of one model, against one client; and how long a short request waits behind long ones.
 //!
 //! ```sh
-//! cargo run --release -p idefics-server --example throughput -- --model fixtures/tiny --rounds 200
-//! cargo run --release -p idefics-server --example throughput -- --shape 9b --format nf4 --tokens 16
+//! cargo run --release -p idefics-server --example throughput                                # random 9B in NF4
+//! cargo run --release -p idefics-server --example throughput -- --model fixtures/tiny --long 100
 //! ```
 //!
-//! The same closed loop runs against the engine by itself and against the server in the same process: each client
-//! sends a prompt, waits for its answer, sends the next. The two take turns, so that a machine that changes speed
-//! changes both. Then the time to the first token of a short prompt is taken, alone and behind long ones.
+//! Each client sends a prompt, waits for its answer over HTTP, sends the next. The numbers of clients take turns, so
+//! that a machine that changes speed changes all of them, and each turn has its own ratio; medians are reported. Then
+//! as many sequences decode together in the engine with nothing else to do, which is what `idefics bench` measures at
+//! that batch. Last the time to the first token of a short prompt, alone and while the engine reads long ones.
 #![allow(clippy::print_stdout, missing_docs)]
 
 mod http;
+mod measure;
 
 use std::{
-    ops::ControlFlow,
-    path::{Path, PathBuf},
-    sync::{Arc, mpsc},
+    path::Path,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
 use http::Client;
 use idefics::{
-    Idefics, LoadOptions, Processor, SequenceInputs,
-    bench::{Format, RandomWeights, shape},
-    generate::{Engine, EngineEvent, EngineOptions, GenerationConfig, StepModel, Submission},
-    model::Model,
-    ops::{Compute, Context as Ops, Isa},
+    bench::Format,
+    generate::{EngineEvent, Scheduler},
 };
-use idefics_server::{Backend, Loaded, ModelCard, Server, ServerOptions};
-use serde_json::json;
+use measure::{
+    Served, Which, ask_server, completion, format_of, inputs_of, median, prompt, seconds_of, serve, spread,
+    submit,
+};
 
 struct Options {
-    model: Option<PathBuf>,
-    shape: String,
-    format: Format,
+    which: Which,
     clients: Vec<usize>,
-    /// Requests of each client in one measurement.
+    /// Requests of each client in a turn.
     rounds: usize,
-    /// Measurements of each kind.
-    repeats: usize,
+    turns: usize,
     prompt: usize,
     tokens: usize,
-    /// Tokens of the prompts that a short one comes behind.
+    /// Prompts that a short one comes behind, and their tokens.
+    others: Vec<usize>,
     long: usize,
 }
 
 fn main() -> anyhow::Result<()> {
     let options = options()?;
-    let (backend, processor) = if let Some(directory) = &options.model {
-        let model = Idefics::from_pretrained(directory, &LoadOptions::default())?;
-        let processor = Processor::from_pretrained(directory)?;
-        (engine(model, &processor)?, processor)
-    } else {
-        let config = shape(&options.shape).with_context(|| format!("unknown shape {}", options.shape))?;
-        let weights = RandomWeights::new(&config, options.format);
-        let compute = if options.format == Format::F32 { Compute::F32 } else { Compute::Bf16 };
-        let model = Model::new(config, &weights, Ops { isa: Isa::best(), compute })?;
-        // Any tokenizer will do: what random weights write is not looked at.
-        let processor = Processor::from_pretrained(tiny())?;
-        (engine(model, &processor)?, processor)
-    };
-    let address = serve(backend.clone(), processor)?;
+    let served = serve(&options.which)?;
+    println!("{}: prompts of {} tokens, answers of {}", options.which.name(), options.prompt, options.tokens);
+    throughput(&served, &options)?;
     for &clients in &options.clients {
-        let (mut by_engine, mut by_server) = (Vec::new(), Vec::new());
-        for repeat in 0..options.repeats {
-            let seed = (repeat * clients * options.rounds) as u32;
-            by_engine.push(rate(clients, &options, |number| ask_engine(&*backend, &options, seed + number)));
-            by_server.push(rate(clients, &options, {
-                let address = address.clone();
-                let options = &options;
-                let clients: Vec<_> =
-                    (0..clients).map(|_| Client::connect(&address, None)).collect::<Result<_, _>>()?;
-                let pool = std::sync::Mutex::new(clients);
-                move |number| {
-                    let mut client =
-                        pool.lock().expect("no client panics").pop().expect("one for each thread");
-                    ask_server(&mut client, options, seed + number);
-                    pool.lock().expect("no client panics").push(client);
-                }
-            }));
-        }
-        let (engine, server) = (median(by_engine), median(by_server));
+        let rates: Vec<f64> =
+            (0..options.turns).map(|turn| decode_rate(&served, &options, clients, turn)).collect();
         println!(
-            "{clients:3} clients: engine {engine:8.2} tokens/s, server {server:8.2} tokens/s, overhead {:5.1} %",
-            100.0 * (engine / server - 1.0)
+            "engine, {clients} decoding together: {:.2} tokens/s (turns: {})",
+            median(&rates),
+            spread(&rates, 2)
         );
     }
-    first_tokens(&address, &options)
+    first_tokens(&served, &options)
 }
 
-/// The time to the first token of a short prompt: alone, then behind long ones.
-fn first_tokens(address: &str, options: &Options) -> anyhow::Result<()> {
-    for others in [0, 1, 4, 15] {
-        let long = std::thread::scope(|scope| {
-            for other in 0..others {
-                scope.spawn(move || {
-                    let mut client = Client::connect(address, None).expect("the server is there");
-                    let request = completion(options.long, 1, 1_000_000 + other);
-                    client.post("/v1/completions", &request).expect("an answer");
-                });
-            }
-            // They are in the engine before the short one.
-            std::thread::sleep(Duration::from_millis(if others == 0 { 0 } else { 100 }));
-            let mut client = Client::connect(address, None)?;
-            let mut request = completion(8, 4, 2_000_000 + others);
-            request["stream"] = json!(true);
-            let start = Instant::now();
-            let mut first = None;
-            client.post_watched("/v1/completions", &request, |_| {
-                first.get_or_insert_with(|| start.elapsed());
-            })?;
-            first.context("a token")
-        })?;
+/// Tokens a second of all clients together.
+fn throughput(served: &Served, options: &Options) -> anyhow::Result<()> {
+    let mut rates = vec![Vec::new(); options.clients.len()];
+    let mut rows = vec![0.0; options.clients.len()];
+    for turn in 0..options.turns {
+        for (index, &clients) in options.clients.iter().enumerate() {
+            let connections: Vec<_> = (0..clients)
+                .map(|_| Ok(std::sync::Mutex::new(Client::connect(&served.address, None)?)))
+                .collect::<anyhow::Result<_>>()?;
+            let first = (turn * options.clients.len() + index) * 100_000;
+            let before = served.backend.stats();
+            let seconds = seconds_of(clients, options.rounds, |client, number| {
+                let request = completion(&prompt(options.prompt, first + number), options.tokens);
+                ask_server(&mut connections[client].lock().expect("one thread each"), &request);
+            });
+            let after = served.backend.stats();
+            rows[index] = (after.rows - before.rows) as f64 / (after.steps - before.steps) as f64;
+            rates[index].push((clients * options.rounds * options.tokens) as f64 / seconds);
+        }
+    }
+    println!("clients  tokens/s  rows a step  against the first (turns)");
+    for (index, &clients) in options.clients.iter().enumerate() {
+        let ratios: Vec<f64> = rates[index].iter().zip(&rates[0]).map(|(rate, first)| rate / first).collect();
         println!(
-            "first token of 8 prompt tokens behind {others:2} prompts of {} tokens: {:8.1} ms",
-            options.long,
-            long.as_secs_f64() * 1e3
+            "{clients:7}  {:8.2}  {:11.1}  {:.2} ({})",
+            median(&rates[index]),
+            rows[index],
+            median(&ratios),
+            spread(&ratios, 2)
         );
     }
     Ok(())
 }
 
-fn engine<M: StepModel + Send + Sync + 'static>(
-    model: M,
-    processor: &Processor,
-) -> anyhow::Result<Arc<dyn Backend>> {
-    let engine = Engine::start(Arc::new(model), Arc::new(processor.clone()), EngineOptions::default())?;
-    Ok(Arc::new(engine))
+fn is_token(event: &EngineEvent) -> bool {
+    matches!(event, EngineEvent::Token(_))
 }
 
-/// A server on a port of its own, for as long as the process lives.
-fn serve(backend: Arc<dyn Backend>, processor: Processor) -> anyhow::Result<String> {
-    let options = ServerOptions { address: ([127, 0, 0, 1], 0).into(), ..ServerOptions::default() };
-    let server = Server::bind(options)?;
-    let address = server.address().to_string();
-    let card = ModelCard { id: "model".to_owned(), aliases: Vec::new(), created: 0, dtype: String::new() };
-    let loaded = Loaded { backend, processor, generation: GenerationConfig::default(), card };
-    std::thread::spawn(move || server.run(move || Ok(loaded)));
-    while Client::connect(&address, None)?.get("/health")?.status != 200 {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(address)
-}
-
-/// Tokens a second of so many clients, each asking again when it has its answer.
-fn rate(clients: usize, options: &Options, ask: impl Fn(u32) + Sync) -> f64 {
-    let start = Instant::now();
-    std::thread::scope(|scope| {
-        for client in 0..clients {
-            let ask = &ask;
-            scope.spawn(move || {
-                for round in 0..options.rounds {
-                    ask((client * options.rounds + round) as u32);
-                }
-            });
-        }
+/// Tokens a second of so many sequences, from when all have their first token until the first one ends.
+fn decode_rate(served: &Served, options: &Options, sequences: usize, turn: usize) -> f64 {
+    let requests: Vec<_> = (0..sequences)
+        .map(|number| {
+            let inputs = inputs_of(prompt(options.prompt, 50_000_000 + turn * 1000 + number));
+            submit(&*served.backend, inputs, options.tokens, is_token)
+        })
+        .collect();
+    let times: Vec<Vec<Instant>> = std::thread::scope(|scope| {
+        let listeners: Vec<_> = requests
+            .into_iter()
+            .map(|(ticket, events)| {
+                scope.spawn(move || {
+                    let times = events.into_iter().map(|_| Instant::now()).collect();
+                    drop(ticket);
+                    times
+                })
+            })
+            .collect();
+        listeners.into_iter().map(|listener| listener.join().expect("no listener panics")).collect()
     });
-    (clients * options.rounds * options.tokens) as f64 / start.elapsed().as_secs_f64()
+    let all_have_one = times.iter().map(|times| times[0]).max().expect("there are sequences");
+    let one_ends = times.iter().map(|times| times[times.len() - 1]).min().expect("there are sequences");
+    let within = times.iter().flatten().filter(|&&time| all_have_one < time && time <= one_ends).count();
+    within as f64 / one_ends.saturating_duration_since(all_have_one).as_secs_f64()
 }
 
-fn ask_engine(backend: &dyn Backend, options: &Options, number: u32) {
-    let token_ids = prompt(options.prompt, number);
-    let inputs = SequenceInputs { image_index: vec![None; token_ids.len()], token_ids, images: Vec::new() };
-    let config = GenerationConfig {
-        max_new_tokens: Some(options.tokens),
-        min_new_tokens: Some(options.tokens),
-        ..GenerationConfig::default()
-    };
-    let (sender, events) = mpsc::channel();
-    let on_event = move |event| match sender.send(event) {
-        Ok(()) => ControlFlow::Continue(()),
-        Err(_) => ControlFlow::Break(()),
-    };
-    let _ticket = backend.submit(Submission::new(inputs, config, on_event)).expect("the engine has room");
-    let end =
-        events.into_iter().find(|event| matches!(event, EngineEvent::Finished(_) | EngineEvent::Failed(_)));
-    assert!(matches!(end, Some(EngineEvent::Finished(_))), "{end:?}");
+/// The time to the first token of a short prompt: alone, then behind long ones.
+fn first_tokens(served: &Served, options: &Options) -> anyhow::Result<()> {
+    const SHORT: usize = 8;
+    let scheduler = Scheduler::interactive();
+    let largest = scheduler.max_step_tokens.min(served.backend.max_positions() - 1);
+    let mut steps = Vec::new();
+    for turn in 0..options.turns {
+        steps.push(first_token(served, largest, 70_000_000 + turn)?.as_secs_f64());
+    }
+    let step = median(&steps);
+    println!("a step of {largest} prompt tokens, the largest there is: {step:.3} s");
+    println!("first token of a prompt of {SHORT} tokens, the median and all turns:");
+    for &others in &options.others {
+        let mut times = Vec::new();
+        for turn in 0..options.turns {
+            let long: Vec<_> = (0..others)
+                .map(|other| {
+                    let inputs = inputs_of(prompt(options.long, 80_000_000 + turn * 1000 + other));
+                    submit(&*served.backend, inputs, 1, is_token)
+                })
+                .collect();
+            let start = Instant::now();
+            while served.backend.stats().running < others {
+                if start.elapsed() > Duration::from_mins(1) {
+                    bail!("{others} prompts of {} tokens do not run together; try --long", options.long);
+                }
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            times.push(first_token(served, SHORT, 90_000_000 + turn)?.as_secs_f64());
+            // Dropped tickets cancel: what the long ones still had to read is not waited for.
+            drop(long);
+            while served.backend.stats().running > 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        // The step that runs when the prompt comes, and those in which it gets its share.
+        let bound = 1 + scheduler.steps_to_read(SHORT, others);
+        println!(
+            "  behind {others:2} of {} tokens: {:.3} s ({}); bound: {bound} steps, {:.3} s",
+            options.long,
+            median(&times),
+            spread(&times, 3),
+            bound as f64 * step
+        );
+    }
+    Ok(())
 }
 
-fn ask_server(client: &mut Client, options: &Options, number: u32) {
-    let request = completion(options.prompt, options.tokens, number);
-    let reply = client.post("/v1/completions", &request).expect("a reply");
-    assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
-}
-
-fn completion(prompt_tokens: usize, tokens: usize, number: u32) -> serde_json::Value {
-    json!({"prompt": prompt(prompt_tokens, number), "max_tokens": tokens, "min_tokens": tokens})
-}
-
-/// Tokens that no other prompt begins with, so that nothing is reused.
-fn prompt(length: usize, number: u32) -> Vec<u32> {
-    let mut state = number.wrapping_mul(2_654_435_761).wrapping_add(12_345);
-    let token = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        10 + (state >> 16) % 400
-    };
-    std::iter::once(1).chain(std::iter::repeat_with(token)).take(length).collect()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn tiny() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny")
+/// From a request to the first piece of its stream.
+fn first_token(served: &Served, tokens: usize, number: usize) -> anyhow::Result<Duration> {
+    let mut client = Client::connect(&served.address, None)?;
+    let mut request = completion(&prompt(tokens, number), 1);
+    request["stream"] = true.into();
+    // A piece for each token, also for one that is part of a character.
+    request["logprobs"] = 0.into();
+    let start = Instant::now();
+    let mut first = None;
+    client.post_watched("/v1/completions", &request, |_| {
+        first.get_or_insert_with(|| start.elapsed());
+    })?;
+    first.context("expected a token, got an empty stream")
 }
 
 fn options() -> anyhow::Result<Options> {
+    let (mut shape, mut format, mut model) = ("9b".to_owned(), Format::Nf4, None);
     let mut options = Options {
-        model: None,
-        shape: "9b".to_owned(),
-        format: Format::Nf4,
+        which: Which::Directory(measure::tiny()),
         clients: vec![1, 16],
         rounds: 1,
-        repeats: 3,
+        turns: 3,
         prompt: 16,
-        tokens: 16,
-        long: 100,
+        tokens: 32,
+        others: vec![0, 4, 15],
+        long: 300,
     };
+    let numbers = |value: &str| value.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
     let mut arguments = std::env::args().skip(1);
     while let Some(flag) = arguments.next() {
         let value = arguments.next().with_context(|| format!("{flag} needs a value"))?;
         match flag.as_str() {
-            "--model" => options.model = Some(value.into()),
-            "--shape" => options.shape = value,
-            "--format" => {
-                options.format = match value.as_str() {
-                    "f32" => Format::F32,
-                    "bf16" => Format::Bf16,
-                    "q8" => Format::Q8,
-                    "nf4" => Format::Nf4,
-                    _ => bail!("--format: expected f32, bf16, q8 or nf4"),
-                }
-            }
-            "--clients" => options.clients = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--model" => model = Some(Path::new(&value).to_owned()),
+            "--shape" => shape = value,
+            "--format" => format = format_of(&value)?,
+            "--clients" => options.clients = numbers(&value)?,
             "--rounds" => options.rounds = value.parse()?,
-            "--repeats" => options.repeats = value.parse()?,
+            "--turns" => options.turns = value.parse()?,
             "--prompt" => options.prompt = value.parse()?,
             "--tokens" => options.tokens = value.parse()?,
+            "--others" => options.others = numbers(&value)?,
             "--long" => options.long = value.parse()?,
             _ => bail!("unknown option {flag}"),
         }
     }
+    if options.clients.is_empty() || options.tokens < 2 || options.turns == 0 || options.rounds == 0 {
+        bail!("expected numbers of clients, at least 2 tokens, at least one turn and one round");
+    }
+    options.which = model.map_or(Which::Random(shape, format), Which::Directory);
     Ok(options)
 }

@@ -14,6 +14,7 @@ use crate::{
     options::ServerOptions,
     pages,
     state::App,
+    trace::AnswerFigures,
 };
 
 /// The one route that is open to all: it says that the process lives, and nothing else.
@@ -42,7 +43,8 @@ pub(crate) async fn gate(State(app): State<Arc<App>>, request: Request, next: Ne
 
 /// Gives a request its place, before its body is read.
 pub(crate) async fn place(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
-    let place = match app.service().and_then(|_| app.place()) {
+    let figures = request.extensions().get::<Arc<AnswerFigures>>().cloned().unwrap_or_default();
+    let place = match app.service().and_then(|_| app.place(figures)) {
         Ok(place) => place,
         Err(error) => return error.into_response(),
     };

@@ -36,9 +36,11 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod tgi;
+mod trace;
 
 pub use auth::{ApiKeys, KeyError};
 pub use backend::Backend;
 pub use listen::{ServeError, Server};
 pub use options::{Limits, Sandbox, ServerOptions};
 pub use service::{Loaded, ModelCard};
+pub use trace::Traces;

@@ -23,6 +23,7 @@ use crate::{
     router::router,
     service::{Loaded, Service},
     state::App,
+    trace::Exporter,
 };
 
 /// Threads for connections and JSON; computing has threads of its own.
@@ -58,6 +59,9 @@ pub enum ServeError {
     /// The model is loaded and its forward pass fails.
     #[error("the model was loaded, but it cannot answer: {0}")]
     Unhealthy(String),
+    /// Traces were asked for and cannot be exported.
+    #[error("cannot export traces: {0}")]
+    Traces(String),
     /// The sandbox was asked for and cannot be had.
     #[error("cannot enter the sandbox: {0}")]
     Sandbox(String),
@@ -70,7 +74,8 @@ impl Server {
         let failed = |source| ServeError::Listen { address, source };
         let listener = std::net::TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { app: Arc::new(App::new(options)), listener })
+        let traces = Exporter::start(&options.traces).map_err(ServeError::Traces)?;
+        Ok(Self { app: Arc::new(App::new(options, traces)), listener })
     }
 
     /// The address, with the port that was given where port 0 was asked for.
@@ -137,6 +142,8 @@ impl Server {
         drop(stop);
         // The loop has ended, and with it its connections, or it panicked, and there are none.
         let _ = accepting.await;
+        // Waits for the collector, on a thread that may.
+        let _ = tokio::task::spawn_blocking(move || app.traces.as_ref().map(Exporter::finish)).await;
         result
     }
 }
@@ -163,9 +170,10 @@ async fn get_ready(
     service.check_health().await.map_err(|error| ServeError::Unhealthy(error.to_string()))?;
     #[cfg(target_os = "linux")]
     {
-        use crate::sandbox::{Fetching, enter};
-        let fetching = if app.options.fetch.enabled { Fetching::On } else { Fetching::Off };
-        enter(app.options.sandbox, fetching).map_err(ServeError::Sandbox)?;
+        use crate::sandbox::{Outbound, enter};
+        let is_outbound = app.options.fetch.enabled || app.traces.is_some();
+        let outbound = if is_outbound { Outbound::Allowed } else { Outbound::Denied };
+        enter(app.options.sandbox, outbound).map_err(ServeError::Sandbox)?;
     }
     #[cfg(not(target_os = "linux"))]
     if app.options.sandbox == crate::options::Sandbox::On {

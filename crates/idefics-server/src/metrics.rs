@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use idefics::generate::{Stats, Usage};
+use idefics::generate::{EngineEvent, Stats, Usage};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text::encode},
@@ -23,12 +23,13 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{backend::Backend, state::App};
+use crate::{backend::Backend, state::App, trace::AnswerFigures};
 
 /// All that is counted here; what the engine counts is asked from it.
 pub(crate) struct Metrics {
     requests: Family<RequestLabels, Counter>,
     request_seconds: Family<RouteLabels, Histogram, fn() -> Histogram>,
+    queue_seconds: Histogram,
     first_token_seconds: Histogram,
     inter_token_seconds: Histogram,
     answer_seconds: Histogram,
@@ -58,12 +59,25 @@ struct RouteLabels {
     route: String,
 }
 
-/// Times one answer. Dropped before its end, it counts as cancelled.
+/// Times the answers to one prompt. Dropped before their end, they count as cancelled.
 pub(crate) struct Stopwatch {
     app: Arc<App>,
+    figures: Arc<AnswerFigures>,
     start: Instant,
-    last_token: Option<Instant>,
     is_over: bool,
+}
+
+/// Times what happens on the way, on the engine's thread: when a client reads it does not count. Knows the figures
+/// and not the server, which owns the engine.
+pub(crate) struct Pace {
+    queue_seconds: Histogram,
+    first_token_seconds: Histogram,
+    inter_token_seconds: Histogram,
+    figures: Arc<AnswerFigures>,
+    /// When the prompt was asked, and when the engine got it.
+    asked: Instant,
+    queued: Instant,
+    last_token: Option<Instant>,
 }
 
 impl Metrics {
@@ -74,6 +88,7 @@ impl Metrics {
         let metrics = Self {
             requests: Family::default(),
             request_seconds: Family::new_with_constructor(|| Histogram::new(powers_of_two(0.001, 20))),
+            queue_seconds: seconds(),
             first_token_seconds: seconds(),
             inter_token_seconds: Histogram::new(powers_of_two(0.0001, 18)),
             answer_seconds: seconds(),
@@ -96,6 +111,7 @@ impl Metrics {
             metrics.request_seconds.clone(),
         );
         for (name, help, histogram) in [
+            ("queue_seconds", "In the engine's queue, until there is a place", &metrics.queue_seconds),
             (
                 "time_to_first_token_seconds",
                 "From a request to its first token",
@@ -160,17 +176,48 @@ impl Metrics {
     }
 }
 
-impl Stopwatch {
-    pub(crate) fn start(app: Arc<App>) -> Self {
-        Self { app, start: Instant::now(), last_token: None, is_over: false }
+impl Pace {
+    pub(crate) fn note(&mut self, event: &EngineEvent) {
+        match event {
+            EngineEvent::Started => {
+                let waited = self.queued.elapsed();
+                self.queue_seconds.observe(waited.as_secs_f64());
+                self.figures.started(waited);
+            }
+            EngineEvent::Token(event) if event.token_id.is_some() => self.token(),
+            EngineEvent::Token(_) | EngineEvent::Finished(_) | EngineEvent::Failed(_) => {}
+        }
     }
 
-    pub(crate) fn token(&mut self) {
-        let metrics = &self.app.metrics;
+    fn token(&mut self) {
         let now = Instant::now();
         match self.last_token.replace(now) {
-            None => metrics.first_token_seconds.observe((now - self.start).as_secs_f64()),
-            Some(last) => metrics.inter_token_seconds.observe((now - last).as_secs_f64()),
+            None => {
+                self.first_token_seconds.observe((now - self.asked).as_secs_f64());
+                self.figures.first_token(now - self.asked);
+            }
+            Some(last) => self.inter_token_seconds.observe((now - last).as_secs_f64()),
+        }
+    }
+}
+
+impl Stopwatch {
+    pub(crate) fn start(app: Arc<App>, figures: Arc<AnswerFigures>) -> Self {
+        figures.asked();
+        Self { app, figures, start: Instant::now(), is_over: false }
+    }
+
+    /// The engine gets the prompt now.
+    pub(crate) fn pace(&self) -> Pace {
+        let metrics = &self.app.metrics;
+        Pace {
+            queue_seconds: metrics.queue_seconds.clone(),
+            first_token_seconds: metrics.first_token_seconds.clone(),
+            inter_token_seconds: metrics.inter_token_seconds.clone(),
+            figures: self.figures.clone(),
+            asked: self.start,
+            queued: Instant::now(),
+            last_token: None,
         }
     }
 
@@ -183,6 +230,7 @@ impl Stopwatch {
         metrics.images.inc_by(usage.images as u64);
         metrics.cached_prompt_tokens.inc_by(usage.cached_tokens as u64);
         metrics.cached_images.inc_by(usage.cached_images as u64);
+        self.figures.finished(usage);
         // A mean that forgets; lost updates between threads do no harm.
         let old = metrics.typical_micros.load(Ordering::Relaxed);
         let new = took.as_micros() as u64;

@@ -1,5 +1,5 @@
-//! The outermost layer: request ids, one log line and one count for each request, errors in the route's dialect,
-//! panics as errors.
+//! The outermost layer: request ids, one log line, one count and one span for each request, errors in the route's
+//! dialect, panics as errors.
 //!
 //! A log line has the route's pattern, never the path or query as it was sent, and no word of a request.
 
@@ -20,24 +20,48 @@ use axum::{
 };
 use futures_util::FutureExt;
 use hyper::body::{Frame, SizeHint};
-use tracing::{Instrument, Span, info_span};
+use tracing::{Instrument, Span, field, info_span};
 
 use crate::{
     error::{ApiError, Dialect},
     ids,
     state::App,
+    trace::{AnswerFigures, Beginning, Ending, RequestSpan},
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// In the metrics, the status of a request whose client left before there was one; nginx's word for it.
+const CLIENT_LEFT: u16 = 499;
+
 /// The layer.
-pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+pub(crate) async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let start = Instant::now();
     let id = request_id(request.headers());
     let method = known_method(request.method());
     let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
     let dialect = Dialect::of(request.uri().path());
-    let span = info_span!("request", id, method, route);
+    let span = info_span!("request", id, method, route, trace_id = field::Empty);
+    let trace = app.traces.as_ref().and_then(|traces| {
+        traces.span(&Beginning { method, route: &route, request_id: &id, headers: request.headers() })
+    });
+    if let Some(trace) = &trace {
+        span.record("trace_id", trace.trace_id());
+    }
+    let figures = Arc::<AnswerFigures>::default();
+    request.extensions_mut().insert(figures.clone());
+    // From here on the end is noted, also of a request whose client leaves before there is a response.
+    let mut end = End {
+        app,
+        span: span.clone(),
+        trace,
+        figures,
+        method,
+        route,
+        status: None,
+        start,
+        is_complete: false,
+    };
     let answered = AssertUnwindSafe(next.run(request).instrument(span.clone())).catch_unwind().await;
     let response = answered.unwrap_or_else(|_| span.in_scope(ApiError::panicked).into_response());
     let mut response = in_dialect(response, dialect);
@@ -45,8 +69,7 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
     headers.insert(REQUEST_ID, HeaderValue::from_str(&id).expect("ids are ASCII"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-    let status = response.status().as_u16();
-    let end = End { app, span, method, route, status, start, is_complete: false };
+    end.status = Some(response.status().as_u16());
     response.map(|body| Body::new(Observed { body, end }))
 }
 
@@ -94,9 +117,12 @@ struct Observed {
 struct End {
     app: Arc<App>,
     span: Span,
+    trace: Option<RequestSpan>,
+    figures: Arc<AnswerFigures>,
     method: &'static str,
     route: String,
-    status: u16,
+    /// None until there is a response.
+    status: Option<u16>,
     start: Instant,
     is_complete: bool,
 }
@@ -134,13 +160,20 @@ impl Drop for Observed {
 impl Drop for End {
     fn drop(&mut self) {
         let took = self.start.elapsed();
-        self.app.metrics.request(self.method, &self.route, self.status, took);
         let (status, milliseconds) = (self.status, took.as_secs_f64() * 1e3);
+        self.app.metrics.request(self.method, &self.route, status.unwrap_or(CLIENT_LEFT), took);
         self.span.in_scope(|| {
             if self.is_complete {
                 tracing::info!(status, milliseconds, "done");
             } else {
                 tracing::info!(status, milliseconds, "the client went away");
+            }
+            // Inside, so that what the exporter has to say stands beside the request.
+            if let Some(trace) = self.trace.take() {
+                let figures = self.figures.get();
+                let model = self.app.loaded().filter(|_| figures.is_asked);
+                let answers = model.map(|model| (model.card().id.as_str(), figures));
+                trace.end(&Ending { status, is_complete: self.is_complete, answers });
             }
         });
     }

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use idefics::processor::{ExifOrientation, FetchPolicy, ImageLimits};
 
-use crate::auth::ApiKeys;
+use crate::{auth::ApiKeys, trace::Traces};
 
 /// Where and for whom.
 #[derive(Debug, Clone)]
@@ -26,6 +26,8 @@ pub struct ServerOptions {
     pub orientation: ExifOrientation,
     /// Whether system calls that the server has no use for are given up once the model is there.
     pub sandbox: Sandbox,
+    /// Where spans of requests go.
+    pub traces: Traces,
 }
 
 /// Whether the process gives up system calls.
@@ -34,8 +36,8 @@ pub enum Sandbox {
     /// Not.
     #[default]
     Off,
-    /// Files cannot be written or opened, programs not started, connections not made. With fetching of pictures on,
-    /// files can be read and connections made. Linux only.
+    /// Files cannot be written or opened, programs not started, connections not made. With fetching of pictures or
+    /// export of traces on, files can be read and connections made. Linux only.
     On,
 }
 
@@ -93,6 +95,7 @@ impl Default for ServerOptions {
             fetch: FetchPolicy::disabled(),
             orientation: ExifOrientation::default(),
             sandbox: Sandbox::default(),
+            traces: Traces::default(),
         }
     }
 }

@@ -17,27 +17,27 @@ use seccompiler::{
 
 use crate::options::Sandbox;
 
-/// Enters it. With `fetching`, connections can be made and files read, which resolving a name needs.
-pub(crate) fn enter(sandbox: Sandbox, fetching: Fetching) -> Result<(), String> {
+/// Enters it. Where connections can be made, files can be read, which resolving a name needs.
+pub(crate) fn enter(sandbox: Sandbox, outbound: Outbound) -> Result<(), String> {
     if sandbox == Sandbox::Off {
         return Ok(());
     }
-    for filter in filters(fetching).map_err(|error| error.to_string())? {
+    for filter in filters(outbound).map_err(|error| error.to_string())? {
         apply_filter_all_threads(&filter).map_err(|error| error.to_string())?;
     }
-    tracing::info!(?fetching, "sandboxed");
+    tracing::info!(?outbound, "sandboxed");
     Ok(())
 }
 
-/// Whether pictures are fetched.
+/// Whether connections can be made: pictures fetched, traces exported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fetching {
-    Off,
-    On,
+pub(crate) enum Outbound {
+    Denied,
+    Allowed,
 }
 
 /// In the order they are to be applied.
-fn filters(fetching: Fetching) -> Result<[BpfProgram; 2], BackendError> {
+fn filters(outbound: Outbound) -> Result<[BpfProgram; 2], BackendError> {
     let target = TargetArch::try_from(std::env::consts::ARCH)?;
     let errno = |number: i32| SeccompAction::Errno(number as u32);
 
@@ -54,8 +54,8 @@ fn filters(fetching: Fetching) -> Result<[BpfProgram; 2], BackendError> {
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.insert(call, vec![only_if(2, libc::PROT_EXEC as u64, 0)?]);
     }
-    if fetching == Fetching::On {
-        rules.extend(ALLOWED_FETCHING.iter().map(|&call| (call, Vec::new())));
+    if outbound == Outbound::Allowed {
+        rules.extend(ALLOWED_OUTBOUND.iter().map(|&call| (call, Vec::new())));
         let writing = libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC | libc::O_APPEND;
         rules.insert(libc::SYS_openat, vec![only_if(2, writing as u64, 0)?]);
     }
@@ -129,8 +129,8 @@ const ALLOWED_X86: &[c_long] = &[libc::SYS_epoll_wait];
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_X86: &[c_long] = &[];
 
-/// What resolving a name and fetching a picture need.
-const ALLOWED_FETCHING: &[c_long] = &[
+/// What resolving a name and a connection need.
+const ALLOWED_OUTBOUND: &[c_long] = &[
     libc::SYS_bind,
     libc::SYS_connect,
     libc::SYS_ioctl,
@@ -152,9 +152,9 @@ mod tests {
     use super::*;
 
     /// Runs `work` in a thread of its own that has entered the sandbox.
-    fn inside<T: Send + 'static>(fetching: Fetching, work: impl FnOnce() -> T + Send + 'static) -> T {
+    fn inside<T: Send + 'static>(outbound: Outbound, work: impl FnOnce() -> T + Send + 'static) -> T {
         let sandboxed = move || {
-            for filter in filters(fetching).unwrap() {
+            for filter in filters(outbound).unwrap() {
                 seccompiler::apply_filter(&filter).unwrap();
             }
             work()
@@ -170,7 +170,7 @@ mod tests {
     fn files_programs_and_connections_are_out_of_reach() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new");
-        let denied = inside(Fetching::Off, move || {
+        let denied = inside(Outbound::Denied, move || {
             [
                 is_denied(&fs::read("/proc/self/status")),
                 is_denied(&fs::write(&path, "x")),
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn memory_and_threads_are_still_there() {
-        let sum = inside(Fetching::Off, || {
+        let sum = inside(Outbound::Denied, || {
             let threads: Vec<_> =
                 (0..3).map(|n| std::thread::spawn(move || vec![1_u8; 8 << 20][n] as usize)).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).sum::<usize>()
@@ -192,12 +192,12 @@ mod tests {
     }
 
     #[test]
-    fn fetching_may_read_and_connect_but_not_write() {
+    fn with_connections_files_are_read_but_not_written() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new");
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let (reads, writes, connects) = inside(Fetching::On, move || {
+        let (reads, writes, connects) = inside(Outbound::Allowed, move || {
             (
                 fs::read("/etc/hosts").is_ok(),
                 !is_denied(&fs::write(&path, "x")),

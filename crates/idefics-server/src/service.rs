@@ -22,7 +22,7 @@ use crate::{
     error::{ApiError, Kind},
     grammar::{AnswerForm, Grammar, Vocabulary},
     media::{self, Wanted},
-    metrics::Stopwatch,
+    metrics::{Pace, Stopwatch},
     state::{App, Place},
 };
 
@@ -68,6 +68,7 @@ pub(crate) struct Ask {
     pub(crate) answer_form: Option<(AnswerForm, &'static str)>,
     /// Only so many last tokens of the prompt count.
     pub(crate) truncate: Option<usize>,
+    pub(crate) hears: Hears,
     /// What the request takes while it is read.
     pub(crate) upload: Option<Upload>,
     pub(crate) place: Arc<Place>,
@@ -80,6 +81,30 @@ pub(crate) enum Length {
     Asked,
     /// The server proposes it: what does not fit in memory is shortened.
     Proposed,
+}
+
+/// What of an answer its request has to hear from the engine. Each event wakes a thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hears {
+    /// Each token as it comes.
+    Tokens,
+    /// The end, which has all of them.
+    End,
+}
+
+impl Hears {
+    /// Of a request that wants its answer as it is written, or whole.
+    pub(crate) fn of(stream: Option<bool>) -> Self {
+        if stream.unwrap_or(false) { Self::Tokens } else { Self::End }
+    }
+
+    fn wants(self, event: &EngineEvent) -> bool {
+        match event {
+            EngineEvent::Started => false,
+            EngineEvent::Token(_) => self == Self::Tokens,
+            EngineEvent::Finished(_) | EngineEvent::Failed(_) => true,
+        }
+    }
 }
 
 impl Length {
@@ -169,7 +194,7 @@ impl Service {
             num_return_sequences: 1,
             ..self.generation().clone()
         };
-        let (ticket, mut progress) = self.submit(inputs, config, None)?;
+        let (ticket, mut progress) = self.submit(inputs, config, None, Hears::End, None)?;
         while let Some(progress) = progress.recv().await {
             match progress {
                 EngineEvent::Finished(_) => return Ok(()),
@@ -202,12 +227,20 @@ impl Service {
         inputs: SequenceInputs,
         config: GenerationConfig,
         custom: Option<SharedProcessor>,
+        hears: Hears,
+        mut pace: Option<Pace>,
     ) -> Result<(Ticket, mpsc::UnboundedReceiver<EngineEvent>), ApiError> {
         // Unbounded so that the engine never waits for a slow reader; an answer's length bounds it.
         let (sender, receiver) = mpsc::unbounded_channel();
-        let on_event = move |event| match sender.send(event) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
+        let on_event = move |event| {
+            if let Some(pace) = &mut pace {
+                pace.note(&event);
+            }
+            if !hears.wants(&event) || sender.send(event).is_ok() {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
         };
         let submission = Submission { custom, ..Submission::new(inputs, config, on_event) };
         let ticket = self.backend().submit(submission)?;
@@ -217,9 +250,9 @@ impl Service {
 
 /// Processes a prompt and starts its answer. Dropped meanwhile, nothing is left behind.
 pub(crate) async fn ask(app: &Arc<App>, ask: Ask) -> Result<Answer, ApiError> {
-    let stopwatch = Stopwatch::start(app.clone());
+    let stopwatch = Stopwatch::start(app.clone(), ask.place.figures.clone());
     let is_sampled = ask.config.do_sample;
-    let result = start(app, ask).await;
+    let result = start(app, ask, &stopwatch).await;
     match result {
         Ok((prompt, ticket, progress, place)) => {
             Ok(Answer { prompt, is_sampled, progress, stopwatch, _ticket: ticket, _place: place })
@@ -234,9 +267,9 @@ pub(crate) async fn ask(app: &Arc<App>, ask: Ask) -> Result<Answer, ApiError> {
 
 type Started = (PromptFacts, Ticket, mpsc::UnboundedReceiver<EngineEvent>, Arc<Place>);
 
-async fn start(app: &Arc<App>, ask: Ask) -> Result<Started, ApiError> {
+async fn start(app: &Arc<App>, ask: Ask, stopwatch: &Stopwatch) -> Result<Started, ApiError> {
     let service = app.service()?.clone();
-    let Ask { words, mut config, length, answer_form, truncate, upload, place } = ask;
+    let Ask { words, mut config, length, answer_form, truncate, hears, upload, place } = ask;
     let limit = app.options.limits.answer_timeout.as_secs_f64();
     config.max_time = Some(config.max_time.map_or(limit, |asked| asked.min(limit)));
     let grammar = match answer_form {
@@ -269,22 +302,17 @@ async fn start(app: &Arc<App>, ask: Ask) -> Result<Started, ApiError> {
         let longest = service.backend().longest_answer(&inputs, &config);
         shorten(&mut config, longest);
     }
-    let (ticket, progress) = service.submit(inputs, config, custom)?;
+    let (ticket, progress) = service.submit(inputs, config, custom, hears, Some(stopwatch.pace()))?;
     Ok((prompt, ticket, progress, place))
 }
 
 impl Answer {
-    /// The next token or the end. Not to be called after the end.
+    /// What is heard next: a token or the end. Not to be called after the end.
     pub(crate) async fn next(&mut self) -> Result<Next, ApiError> {
         loop {
             match self.progress.recv().await {
                 Some(EngineEvent::Started) => {}
-                Some(EngineEvent::Token(event)) => {
-                    if event.token_id.is_some() {
-                        self.stopwatch.token();
-                    }
-                    return Ok(Next::Event(event));
-                }
+                Some(EngineEvent::Token(event)) => return Ok(Next::Event(event)),
                 Some(EngineEvent::Finished(generated)) => {
                     self.stopwatch.finished(&generated.usage);
                     return Ok(Next::Finished(generated));

@@ -15,6 +15,7 @@ use crate::{
     metrics::Metrics,
     options::ServerOptions,
     service::Service,
+    trace::{AnswerFigures, Exporter},
 };
 
 /// Uploads are counted in units of so many bytes.
@@ -24,6 +25,7 @@ pub(crate) const UPLOAD_UNIT: usize = 4 << 10;
 pub(crate) struct App {
     pub(crate) options: ServerOptions,
     pub(crate) metrics: Metrics,
+    pub(crate) traces: Option<Exporter>,
     /// One permit for each request, waiting and running.
     places: Arc<Semaphore>,
     /// One permit for [`UPLOAD_UNIT`] bytes of requests that are being read.
@@ -36,15 +38,18 @@ pub(crate) struct App {
 
 /// A request's place; given back when its answer is through, however it ends.
 #[derive(Debug)]
-pub(crate) struct Place(
-    #[expect(dead_code, reason = "what counts is when it is dropped")] OwnedSemaphorePermit,
-);
+pub(crate) struct Place {
+    /// What the request's answers take, for who watches it.
+    pub(crate) figures: Arc<AnswerFigures>,
+    _permit: OwnedSemaphorePermit,
+}
 
 impl App {
-    pub(crate) fn new(options: ServerOptions) -> Self {
+    pub(crate) fn new(options: ServerOptions, traces: Option<Exporter>) -> Self {
         let limits = &options.limits;
         Self {
             metrics: Metrics::new(),
+            traces,
             places: Arc::new(Semaphore::new(limits.requests)),
             uploads: Arc::new(Semaphore::new(limits.upload_bytes.div_ceil(UPLOAD_UNIT))),
             media: Arc::new(Semaphore::new(limits.media_tasks)),
@@ -85,13 +90,14 @@ impl App {
         self.service.get()
     }
 
-    /// A place for a request.
-    pub(crate) fn place(&self) -> Result<Place, ApiError> {
-        self.places.clone().try_acquire_owned().map(Place).map_err(|_| {
+    /// A place for a request, whose answers are noted in `figures`.
+    pub(crate) fn place(&self, figures: Arc<AnswerFigures>) -> Result<Place, ApiError> {
+        let permit = self.places.clone().try_acquire_owned().map_err(|_| {
             ApiError::new(Kind::Overloaded, "too many requests are waiting; try again later")
                 .code("queue_full")
                 .retry_after(self.metrics.typical_wait())
-        })
+        })?;
+        Ok(Place { figures, _permit: permit })
     }
 
     /// Requests that have a place.

@@ -22,6 +22,7 @@ use crate::{
     router::router,
     service::{Loaded, ModelCard, Service},
     state::App,
+    trace::Exporter,
 };
 
 /// The name of the test model.
@@ -87,7 +88,8 @@ impl TestServer {
 
     /// One whose model is not there yet.
     pub(crate) fn loading(options: ServerOptions) -> Self {
-        let app = Arc::new(App::new(options));
+        let traces = Exporter::start(&options.traces).unwrap();
+        let app = Arc::new(App::new(options, traces));
         Self { router: router(&app), app, engine: Arc::new(NoEngine) }
     }
 

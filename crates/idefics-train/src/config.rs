@@ -16,7 +16,7 @@ use toml::{Table, Value};
 
 use crate::{
     data::{RandomResizedCrop, SequenceConfig, SourceConfig},
-    freeze::Trainable,
+    freeze::{Rate, Trainable},
     optim::AdamW,
     packing::BatchConfig,
     parameters::Precision,
@@ -466,6 +466,9 @@ impl TrainConfig {
             "a number that is not negative",
             &optimizer.end_learning_rate,
         )?;
+        for Rate { factor, .. } in &self.trainable.rates {
+            check(rate(*factor), "trainable.rates.factor", "a number that is not negative", factor)?;
+        }
         for (field, beta) in [("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)] {
             check((0.0..1.0).contains(&beta), field, "a number from 0 to below 1", &beta)?;
         }
@@ -565,11 +568,13 @@ mod tests {
             .skip(1)
             .map(|block| block.split("```").next().unwrap().replace("\n   ", "\n"))
             .collect();
-        assert_eq!(blocks.len(), 2);
+        assert_eq!(blocks.len(), 3);
         parse(&blocks[0], &[]).unwrap();
         let head = "model = 'm'\noutput = 'o'\n";
         let tail = "[[data]]\nformat = 'jsonl'\npath = 'x'\n";
-        let all = parse(&format!("{head}{}{tail}", blocks[1]), &[]).unwrap();
+        let rates = parse(&format!("{SHORTEST}{}", blocks[1]), &[]).unwrap();
+        assert_eq!(rates.trainable.rate_factor("model.vision_model.x"), 0.1);
+        let all = parse(&format!("{head}{}{tail}", blocks[2]), &[]).unwrap();
         let plain = parse(&format!("{head}[run]\nsteps = 1000\n{tail}"), &[]).unwrap();
         assert_eq!(all.lora, Some(LoraOptions::default()));
         assert_eq!(all.augment.unwrap().scale, RandomResizedCrop::default().scale);
@@ -606,6 +611,10 @@ mod tests {
         check("[batch]\ntokens = 10\n", "batch.tokens: expected at least `sequence.length`, got 10");
         check("[evaluation]\nheld_out = 1.5\n", "evaluation.held_out: expected a share");
         check("[augment]\nscale = [0.5, 2.0]\n", "augment: expected ranges");
+        check(
+            "[[trainable.rates]]\nparts = ['vision']\nfactor = -1.0\n",
+            "trainable.rates.factor: expected a number that is not negative, got -1",
+        );
         let neither = parse(&SHORTEST.replace("steps = 10", ""), &[]).unwrap_err();
         assert_eq!(neither, "run: expected either `steps` or `epochs`, got neither");
     }

@@ -68,6 +68,13 @@ pub enum TrainError {
     /// The rules leave no weight to train.
     #[error("nothing is trained: every weight is frozen and there is no LoRA")]
     NothingTrained,
+
+    /// A learning rate for weights that are not there, or are frozen.
+    #[error("trainable.rates: no trained weight has all of {parts:?} in its name")]
+    UnusedRate {
+        /// The parts of the names.
+        parts: Vec<String>,
+    },
     /// The tokenizer has ids that the model has no rows for.
     #[error("the tokenizer has {tokenizer} token ids, but the model has embeddings for {model}")]
     Vocabulary {

@@ -57,6 +57,18 @@ pub struct Trainable {
     pub unfreeze: Vec<Pattern>,
     /// Names that are frozen whatever all of the above says.
     pub freeze: Vec<Pattern>,
+    /// Weights that learn faster or slower than `optimizer.learning_rate` says; the first entry that fits counts.
+    pub rates: Vec<Rate>,
+}
+
+/// How fast some of the weights learn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// Parts that must all be in a weight's name.
+    pub parts: Pattern,
+    /// Multiplied into the learning rate.
+    pub factor: f64,
 }
 
 /// A module type that the reference does not know.
@@ -78,7 +90,19 @@ pub struct Rules {
     freeze: Vec<Pattern>,
 }
 
+impl Rate {
+    /// Whether it is for the weight of that name.
+    pub fn fits(&self, name: &str) -> bool {
+        fits(&self.parts, name)
+    }
+}
+
 impl Trainable {
+    /// What the learning rate is multiplied with for the weight of that name.
+    pub fn rate_factor(&self, name: &str) -> f64 {
+        self.rates.iter().find(|rate| rate.fits(name)).map_or(1.0, |rate| rate.factor)
+    }
+
     /// The rules for a model of that configuration, and a preset where none was chosen.
     pub fn rules(&self, config: &IdeficsConfig, default: Preset) -> Result<Rules, UnknownModuleType> {
         let preset = self.preset.unwrap_or(default);
@@ -115,12 +139,14 @@ impl Trainable {
     }
 }
 
+fn fits(parts: &Pattern, name: &str) -> bool {
+    parts.iter().all(|part| name.contains(part.as_str()))
+}
+
 impl Rules {
     /// Whether the weight of that name is trained.
     pub fn is_trained(&self, name: &str) -> bool {
-        let matches = |patterns: &[Pattern]| {
-            patterns.iter().any(|parts| parts.iter().all(|part| name.contains(part.as_str())))
-        };
+        let matches = |patterns: &[Pattern]| patterns.iter().any(|parts| fits(parts, name));
         !is_unused(name) && !matches(&self.freeze) && (matches(&self.unfreeze) || self.by_flags(name))
     }
 

@@ -29,6 +29,8 @@ pub struct Parameter {
     gradient: Gradient,
     moments: Moments,
     decay: Decay,
+    /// Multiplied into the learning rate.
+    rate_factor: f64,
 }
 
 /// What the trained weights are kept as while the model reads them.
@@ -88,7 +90,7 @@ impl Parameter {
         } else {
             (Weight::from_f32(values, shape), None)
         };
-        Self { weight, master, gradient, moments, decay }
+        Self { weight, master, gradient, moments, decay, rate_factor: 1.0 }
     }
 
     /// What the model reads.
@@ -136,6 +138,7 @@ impl Parameter {
     }
 
     fn update(&mut self, update: &Update) -> Result<(), SharedWeight> {
+        let update = &Update { rate: update.rate * self.rate_factor, ..*update };
         let gradient = self.gradient.lock();
         if let Some(master) = &mut self.master {
             let rounded = self.weight.as_bf16_mut().ok_or(SharedWeight)?;
@@ -209,6 +212,15 @@ impl Parameters {
                 self.trained.insert(name.clone(), Parameter::new(name, factor, Precision::F32));
             }
             self.lora.insert(layer.module.clone(), FactorNames { a, b, scale, dropout });
+        }
+        self
+    }
+
+    /// The same where `factor` of a weight's name is multiplied into its learning rate.
+    #[must_use]
+    pub fn with_rates(mut self, factor: impl Fn(&str) -> f64) -> Self {
+        for (name, parameter) in &mut self.trained {
+            parameter.rate_factor = factor(name);
         }
         self
     }
@@ -367,6 +379,22 @@ mod tests {
         assert_eq!(parameters.weight("lm_head.weight").unwrap().to_f32_vec(), [1.0, 2.0]);
         parameters.zero_gradients();
         assert_eq!(parameters.gradient_norm(), 0.0);
+    }
+
+    #[test]
+    fn weights_can_learn_at_rates_of_their_own() {
+        let adamw = AdamW { weight_decay: 0.0, ..AdamW::default() };
+        let moved = |factor| {
+            let parameters = Parameters::new(weights(), false, Precision::F32, |_| true).unwrap();
+            let mut parameters =
+                parameters.with_rates(|name| if name == "lm_head.weight" { factor } else { 1.0 });
+            parameters.gradient("lm_head.weight").unwrap().lock()[0] = 1.0;
+            parameters.update(adamw, 0.5, 1, 1.0);
+            1.0 - parameters.weight("lm_head.weight").unwrap().to_f32_vec()[0]
+        };
+        assert!((moved(1.0) - 0.5).abs() < 1e-5);
+        assert!((moved(0.1) - 0.05).abs() < 1e-5);
+        assert_eq!(moved(0.0), 0.0);
     }
 
     #[test]

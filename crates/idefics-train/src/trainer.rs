@@ -706,7 +706,12 @@ fn make_parameters(
     if parameters.num_trained() == 0 {
         return Err(TrainError::NothingTrained);
     }
-    Ok(parameters)
+    for rate in &config.trainable.rates {
+        if !parameters.trained().any(|(name, _)| rate.fits(name)) {
+            return Err(TrainError::UnusedRate { parts: rate.parts.clone() });
+        }
+    }
+    Ok(parameters.with_rates(|name| config.trainable.rate_factor(name)))
 }
 
 /// Factors that a run begins with.

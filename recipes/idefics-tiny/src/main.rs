@@ -5,6 +5,7 @@
 //! of its own and marks it as complete at the end. Nothing depends on the machine but the time.
 
 mod archive;
+mod calibrate;
 mod clipart;
 mod color;
 mod concepts;
@@ -62,6 +63,8 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let folders = Folders::new(&arguments.work);
+        return calibrate::calibrate(&folders, std::path::Path::new(&d));
+    }
     if arguments.step == Step::All {
         return Step::ORDER
             .iter()

@@ -18,6 +18,8 @@ pub(crate) enum Variation {
     None,
     /// Everything that varies.
     Strong,
+    /// Everything but the colours: for what is named after its own.
+    SameColors,
 }
 
 /// A scene and what is true of it.
@@ -96,10 +98,10 @@ pub(crate) fn compose(
     }
     let mut rgb: Vec<u8> =
         canvas.pixels().iter().flat_map(|pixel| [pixel.red(), pixel.green(), pixel.blue()]).collect();
-    if variation == Variation::Strong && rng.random_bool(0.35) {
+    if variation != Variation::None && rng.random_bool(0.35) {
         add_noise(rng, &mut rgb);
     }
-    let quality = if variation == Variation::Strong { rng.random_range(30.0..95.0) } else { 92.0 };
+    let quality = if variation != Variation::None { rng.random_range(30.0..95.0) } else { 92.0 };
     Ok(Scene { jpeg: jpeg(&rgb, SCENE_SIDE, quality)?, colors, background })
 }
 
@@ -126,14 +128,14 @@ impl Light {
         if variation == Variation::None {
             return Self { matrix: [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], offset: 0.0 };
         }
-        let angle: f32 = match rng.random_range(0..10) {
-            0 => rng.random_range(-3.1..3.1),
-            1..=5 => rng.random_range(-0.3..0.3),
+        let angle: f32 = match rng.random_range(0..20) {
+            0 if variation == Variation::Strong => rng.random_range(-3.1..3.1),
+            0..=10 if variation == Variation::Strong => rng.random_range(-0.3..0.3),
             _ => 0.0,
         };
         let saturation: f32 = match rng.random_range(0..20) {
-            0 => 0.0,
-            1..=10 => rng.random_range(0.6..1.3),
+            0 if variation == Variation::Strong => 0.0,
+            0..=10 => rng.random_range(0.6..1.3),
             _ => 1.0,
         };
         let contrast = rng.random_range(0.75..1.15);
@@ -182,12 +184,12 @@ fn draw(
     place: Place,
     variation: Variation,
 ) -> Result<()> {
-    let angle: f32 = if variation == Variation::Strong && rng.random_bool(0.7) {
+    let angle: f32 = if variation != Variation::None && rng.random_bool(0.7) {
         rng.random_range(-28.0..28.0)
     } else {
         0.0
     };
-    let stretch: f32 = if variation == Variation::Strong { rng.random_range(0.88..1.14) } else { 1.0 };
+    let stretch: f32 = if variation != Variation::None { rng.random_range(0.88..1.14) } else { 1.0 };
     let wanted = place.side * SCENE_SIDE as f32;
     // Halved until less than a halving is left: sampling further apart would miss pixels.
     let mut source = thing.clone();

@@ -7,10 +7,12 @@ use rayon::prelude::*;
 use resvg::tiny_skia::Pixmap;
 
 use crate::{
+    color::COLORS,
     concepts::{Concept, held_out},
     emoji::{EVALUATION, TRAINING},
     pixels,
     render::Table,
+    scene::Variation,
     steps::Folders,
     wordnet::WordNet,
 };
@@ -68,6 +70,17 @@ pub(crate) struct Thing {
     /// A short definition.
     pub(crate) definition: Option<String>,
     pub(crate) pictures: Vec<Pixmap>,
+}
+
+impl Thing {
+    /// How much may vary so that the name stays true: a green apple must not become a red one.
+    pub(crate) fn allows(&self, variation: Variation) -> Variation {
+        let is_color = |word: &str| COLORS.iter().any(|(color, _)| *color == word);
+        match variation {
+            Variation::Strong if self.name.split(' ').any(is_color) => Variation::SameColors,
+            other => other,
+        }
+    }
 }
 
 /// Everything to make samples from.

@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::steps::Folders;
+use crate::{calibrate, steps::Folders};
 
 /// In their order.
-const STAGES: [&str; 4] = ["1-text", "2-blocks", "3-joint", "4-all"];
+const STAGES: [&str; 4] = ["1-text", "2-names", "3-joint", "4-all"];
 
 fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
     let name = format!("idefics{}", std::env::consts::EXE_SUFFIX);
@@ -58,7 +58,8 @@ pub(crate) fn init(folders: &Folders) -> Result<()> {
     ];
     let mut arguments = vec!["init", "--vision", "vision", "--text", "text", "--out", "init"];
     arguments.extend(blocks);
-    idefics(folders, &arguments)
+    idefics(folders, &arguments)?;
+    calibrate::calibrate(folders, &out)
 }
 
 /// All stages; one that was cut off goes on where it was saved.
@@ -87,6 +88,15 @@ pub(crate) fn quantize(folders: &Folders) -> Result<()> {
     let last = format!("runs/{}/model", STAGES[STAGES.len() - 1]);
     idefics(
         folders,
-        &["quantize", &last, "idefics-tiny", "--format", "q8", "--parts", "text,cross,vision,perceiver"],
+        &[
+            "quantize",
+            &last,
+            "idefics-tiny",
+            "--format",
+            "nf4",
+            "--double-quant",
+            "--parts",
+            "text,cross,vision,perceiver",
+        ],
     )
 }

@@ -15,7 +15,7 @@ use idefics::{
     processor::FetchPolicy,
 };
 use idefics_server::{
-    ApiKeys, Limits, Loaded, ModelCard, Sandbox, Server, ServerOptions,
+    ApiKeys, Limits, Loaded, ModelCard, Sandbox, Server, ServerOptions, Traces,
     logging::{self, LogFormat, LogLevel},
 };
 
@@ -218,6 +218,7 @@ fn server_options(args: &Args) -> anyhow::Result<ServerOptions> {
         fetch: FetchPolicy { enabled: network.allow_remote_images, ..images.fetch },
         orientation: images.orientation,
         sandbox: if network.sandbox { Sandbox::On } else { Sandbox::Off },
+        traces: Traces::FromEnvironment,
     })
 }
 

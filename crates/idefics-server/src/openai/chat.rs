@@ -28,7 +28,7 @@ use crate::{
     ids, media,
     options::Limits,
     sampling::{self, Sampling, count, number},
-    service::{self, Ask, Length, PromptFacts, Service, Words},
+    service::{self, Ask, Hears, Length, PromptFacts, Service, Words},
     state::{App, Place},
 };
 
@@ -69,15 +69,15 @@ pub(crate) async fn chat(
     let length = Length::of(request.max_completion_tokens.or(request.max_tokens));
     let (config, answers) = options(&app.options.limits, &service, &request, &common)?;
     let answer_form = answer_form(request.response_format.as_ref())?;
-    let is_streamed = request.stream.unwrap_or(false);
     let include_usage = request.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
     let turns = turns(request.messages, &app.options.limits)?;
     let words = Words::Segments(dialogue(service.form, &turns), DIALOGUE_END_OF_UTTERANCE);
     let reports_logprobs = config.logprobs.is_some();
-    let ask = Ask { words, config, length, answer_form, truncate: None, upload: Some(upload), place };
+    let hears = Hears::of(request.stream);
+    let ask = Ask { words, config, length, answer_form, truncate: None, hears, upload: Some(upload), place };
     let answer = service::ask(&app, ask).await?;
     let head = Head::new("chatcmpl", &service);
-    if is_streamed {
+    if hears == Hears::Tokens {
         let usage = include_usage.then_some(());
         return Ok(chat_stream::respond(&app, service, answer, head, answers, usage));
     }

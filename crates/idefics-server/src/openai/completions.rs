@@ -33,7 +33,7 @@ use crate::{
     media,
     options::Limits,
     sampling::count,
-    service::{self, Answer, Ask, Length, Next, Service, Words},
+    service::{self, Answer, Ask, Hears, Length, Next, Service, Words},
     state::{App, Place},
 };
 
@@ -60,8 +60,8 @@ pub(crate) async fn completions(
     let limits = &app.options.limits;
     let length = Length::of(request.max_tokens);
     let options = options(limits, &service, &request, &common)?;
-    let is_streamed = request.stream.unwrap_or(false);
-    if is_streamed && options.written > options.answers {
+    let hears = Hears::of(request.stream);
+    if hears == Hears::Tokens && options.written > options.answers {
         return Err(ApiError::unsupported("best_of", "a stream of the best of several"));
     }
     let answer_form = answer_form(request.response_format.as_ref())?;
@@ -83,12 +83,13 @@ pub(crate) async fn completions(
         length,
         answer_form: answer_form.clone(),
         truncate: None,
+        hears,
         upload: if index == last { upload.take() } else { None },
         place: place.clone(),
     });
     let answers = try_join_all(asks.map(|ask| service::ask(&app, ask))).await?;
     let head = Head::new("cmpl", &service);
-    if is_streamed {
+    if hears == Hears::Tokens {
         return Ok(respond_streaming(&app, service, answers, head, &options, &echoes, include_usage));
     }
     let facts: Vec<_> = answers.iter().map(|answer| answer.prompt).collect();

@@ -7,114 +7,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use idefics::{generate::EngineOptions, processor::FetchPolicy};
+use idefics::processor::FetchPolicy;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::oneshot,
 };
 
+use super::live::{Live, raw_request, read_to_end, request, short};
 use crate::{
-    backend::Backend,
-    listen::Server,
     options::{Limits, ServerOptions},
-    state::App,
-    testing::{loaded, picture},
+    testing::picture,
 };
-
-/// A server on a socket of its own.
-struct Live {
-    address: SocketAddr,
-    app: Arc<App>,
-    engine: Arc<dyn Backend>,
-    end: Option<oneshot::Sender<()>>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Live {
-    async fn start(limits: Limits) -> Self {
-        Self::with(ServerOptions { limits, ..ServerOptions::default() }).await
-    }
-
-    async fn with(options: ServerOptions) -> Self {
-        let options = ServerOptions { address: ([127, 0, 0, 1], 0).into(), ..options };
-        let server = Server::bind(options).unwrap();
-        let (address, app) = (server.address(), server.app());
-        let model = loaded("tiny", EngineOptions::default());
-        let engine = model.backend.clone();
-        let (end, ended) = oneshot::channel::<()>();
-        let task = tokio::spawn(async move {
-            let ended = async {
-                let _ = ended.await;
-            };
-            server.serve(move || Ok(model), ended).await.unwrap();
-        });
-        let live = Self { address, app, engine, end: Some(end), task };
-        live.wait("ready", |live| live.app.service().is_ok()).await;
-        live
-    }
-
-    async fn connect(&self) -> TcpStream {
-        TcpStream::connect(self.address).await.unwrap()
-    }
-
-    /// Sends a request and reads all that comes back.
-    async fn exchange(&self, request: &[u8]) -> String {
-        let mut stream = self.connect().await;
-        stream.write_all(request).await.unwrap();
-        read_to_end(&mut stream).await
-    }
-
-    /// Waits for something that must come to be.
-    async fn wait(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
-        let start = Instant::now();
-        while !is_so(self) {
-            assert!(start.elapsed() < Duration::from_mins(1), "never {what}");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    /// All is given back and the server answers.
-    async fn is_well(&self) {
-        self.wait("idle", |live| live.app.requests_in_progress() == 0).await;
-        self.wait("free of work", |live| {
-            let stats = live.engine.stats();
-            stats.running == 0 && stats.waiting == 0
-        })
-        .await;
-        self.wait("free of pictures", |live| {
-            live.app.media.available_permits() == live.app.options.limits.media_tasks
-        })
-        .await;
-        let reply = self.exchange(&request("/generate", &short())).await;
-        assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
-    }
-}
-
-async fn read_to_end(stream: &mut TcpStream) -> String {
-    let mut reply = Vec::new();
-    // A reset after the response is the same to us as an end.
-    let _ =
-        tokio::time::timeout(Duration::from_mins(1), stream.read_to_end(&mut reply)).await.expect("an end");
-    String::from_utf8_lossy(&reply).into_owned()
-}
-
-fn request(path: &str, body: &Value) -> Vec<u8> {
-    raw_request(path, body.to_string().as_bytes())
-}
-
-fn raw_request(path: &str, body: &[u8]) -> Vec<u8> {
-    let head = format!(
-        "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
-    [head.as_bytes(), body].concat()
-}
-
-fn short() -> Value {
-    json!({"inputs": "Hello", "parameters": {"max_new_tokens": 2}})
-}
 
 /// Many long answers: work for a while on any machine.
 fn long() -> Value {
@@ -145,6 +49,10 @@ async fn a_client_that_leaves_while_it_waits_cancels_its_answers() {
         live.is_well().await;
     }
     assert!(live.engine.stats().cancelled > 0);
+    let metrics =
+        live.exchange(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+    let counted = "idefics_requests_total{method=\"POST\",route=\"/v1/completions\",status=\"499\"} 2\n";
+    assert!(metrics.contains(counted), "{metrics}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

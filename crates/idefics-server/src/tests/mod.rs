@@ -2,7 +2,10 @@
 //! the same each time and the same as the library's.
 
 mod faults;
+mod live;
 mod openai;
 mod operation;
 mod panics;
 mod tgi;
+#[cfg(feature = "otel")]
+mod traces;

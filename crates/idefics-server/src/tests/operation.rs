@@ -88,7 +88,7 @@ async fn until_there_is_a_model_everything_is_503() {
 async fn a_full_house_is_429_with_a_time() {
     let limits = Limits { requests: 1, ..Limits::default() };
     let server = TestServer::with(ServerOptions { limits, ..ServerOptions::default() });
-    let held = server.app.place().unwrap();
+    let held = server.app.place(Arc::default()).unwrap();
     for (path, kind) in [("/v1/chat/completions", "error"), ("/generate", "error_type")] {
         let reply = server.post(path, &json!({"messages": [], "inputs": "x"})).await;
         assert_eq!(reply.status, 429, "{}", reply.body);
@@ -258,6 +258,7 @@ async fn metrics_count_what_happened() {
         "idefics_requests_total{method=\"POST\",route=\"/generate\",status=\"200\"} 2",
         "idefics_requests_total{method=\"GET\",route=\"other\",status=\"404\"} 1",
         "idefics_generated_tokens_total 10",
+        "idefics_queue_seconds_count 2",
         "idefics_time_to_first_token_seconds_count 2",
         "idefics_inter_token_seconds_count 8",
         "idefics_answer_seconds_count 2",

@@ -29,7 +29,7 @@ use crate::{
     openai::{self, completions::mean_logprob},
     options::Limits,
     sampling::{self, Sampling, count, number},
-    service::{self, Answer, Ask, Length, Next, Service, Words},
+    service::{self, Answer, Ask, Hears, Length, Next, Service, Words},
     state::{App, Place},
 };
 
@@ -153,6 +153,7 @@ async fn start(
     place: Arc<Place>,
     inputs: &str,
     options: &Options,
+    hears: Hears,
     upload: Upload,
 ) -> Result<(Answer, String), ApiError> {
     let prompt = markdown::parse(inputs)?;
@@ -163,6 +164,7 @@ async fn start(
         length: options.length,
         answer_form: options.answer_form.clone(),
         truncate: options.truncate,
+        hears,
         upload: Some(upload),
         place,
     };
@@ -177,7 +179,7 @@ async fn answer(
 ) -> Result<GenerateResponse, ApiError> {
     let service = app.service()?.clone();
     let options = options(&app.options.limits, &service, &request.parameters.unwrap_or_default())?;
-    let (answer, front) = start(app, place, &request.inputs, &options, upload).await?;
+    let (answer, front) = start(app, place, &request.inputs, &options, Hears::End, upload).await?;
     let generated = answer.finish().await?;
     let mut sequences: Vec<&Completion> = generated.sequences.iter().collect();
     sequences.sort_by(|a, b| mean_logprob(b).total_cmp(&mean_logprob(a)));
@@ -218,7 +220,7 @@ async fn respond_streaming(
     if options.best_of > 1 {
         return Err(ApiError::unsupported("best_of", "a stream of the best of several"));
     }
-    let (answer, front) = start(app, place, &request.inputs, &options, upload).await?;
+    let (answer, front) = start(app, place, &request.inputs, &options, Hears::Tokens, upload).await?;
     let chunks = Chunks { service, answer, text: front, index: 0, last: None };
     let events = stream::unfold(Some(chunks), |chunks| async {
         let mut chunks = chunks?;

@@ -86,7 +86,10 @@ pub(super) fn two_things(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> 
         |rng: &mut ChaCha8Rng, thing: &Thing| thing.pictures.choose(rng).cloned().context("no picture");
     let (a, b) = (picture(rng, left)?, picture(rng, right)?);
     let [at_left, at_right] = Place::pair(rng);
-    let scene = compose(rng, &[(&a, at_left), (&b, at_right)], Variation::Strong)?;
+    let scene = {
+        let variation = left.allows(right.allows(Variation::Strong));
+        compose(rng, &[(&a, at_left), (&b, at_right)], variation)?
+    };
     let (left_name, right_name) = (with_article(&left.name), with_article(&right.name));
     let mut asked = vec![
         ("What is on the left?".to_owned(), sentence(&left.name)),
@@ -115,7 +118,7 @@ pub(super) fn several(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let count = rng.random_range(1..=6);
     let picture = thing.pictures.choose(rng).context("no picture")?;
     let placed: Vec<_> = Place::several(rng, count).into_iter().map(|place| (picture, place)).collect();
-    let variation = variation(rng);
+    let variation = thing.allows(variation(rng));
     let scene = compose(rng, &placed, variation)?;
     let many = plural(&thing.name);
     let how_many = match rng.random_range(0..3) {

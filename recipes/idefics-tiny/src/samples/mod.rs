@@ -138,6 +138,7 @@ impl Maker {
     pub(crate) fn alone(rng: &mut ChaCha8Rng, thing: &Thing, variation: Variation) -> Result<Scene> {
         let picture = thing.pictures.choose(rng).context("a thing without a picture")?;
         let place = Place::alone(rng, variation);
+        let variation = thing.allows(variation);
         compose(rng, &[(picture, place)], variation)
     }
 
@@ -161,14 +162,14 @@ impl Maker {
             return dialogue::name(self, rng);
         }
         match rng.random_range(0..100) {
-            0..48 => dialogue::single(self, rng),
-            48..60 => single::base(self, rng),
-            60..66 => dialogue::two_things(self, rng),
-            66..73 => dialogue::several(self, rng),
-            73..78 => dialogue::two_pictures(self, rng),
-            78..84 => episode::episode(self, rng),
-            84..92 => Ok(self.shapes.sample(rng)),
-            92..94 => dialogue::story(self, rng),
+            0..42 => dialogue::single(self, rng),
+            42..52 => single::base(self, rng),
+            52..57 => dialogue::two_things(self, rng),
+            57..65 => dialogue::several(self, rng),
+            65..69 => dialogue::two_pictures(self, rng),
+            69..84 => episode::episode(self, rng),
+            84..93 => Ok(self.shapes.sample(rng)),
+            93..95 => dialogue::story(self, rng),
             _ => Ok(facts::question(self, rng)),
         }
     }
@@ -177,7 +178,7 @@ impl Maker {
 /// The sets that the stages of training read.
 pub(crate) const PLANS: [Plan; 4] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
-    Plan { name: "blocks", kind: Kind::Naming, samples: 60_000, seed: 2 },
+    Plan { name: "names", kind: Kind::Naming, samples: 60_000, seed: 2 },
     Plan { name: "joint", kind: Kind::Joint, samples: 100_000, seed: 3 },
     Plan { name: "finish", kind: Kind::Joint, samples: 30_000, seed: 4 },
 ];
