@@ -63,8 +63,6 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let folders = Folders::new(&arguments.work);
-        return calibrate::calibrate(&folders, std::path::Path::new(&d));
-    }
     if arguments.step == Step::All {
         return Step::ORDER
             .iter()
