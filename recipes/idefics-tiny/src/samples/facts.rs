@@ -18,7 +18,7 @@ pub(super) fn text(maker: &Maker, rng: &mut ChaCha8Rng) -> Sample {
     let mut sample = Sample::default();
     match rng.random_range(0..10) {
         // Pages of a dictionary.
-        0..6 => {
+        0..4 => {
             let mut page = String::new();
             for _ in 0..rng.random_range(2..6) {
                 let Some((words, gloss)) = maker.wordnet.glosses.choose(rng) else { break };
@@ -37,10 +37,10 @@ pub(super) fn text(maker: &Maker, rng: &mut ChaCha8Rng) -> Sample {
             sample.answer(page);
         }
         // What captions and answers are made of.
-        6 | 7 => {
-            for _ in 0..rng.random_range(2..7) {
+        4..8 => {
+            for _ in 0..rng.random_range(6..18) {
                 let (name, color) = (&maker.any(rng).name, COLORS.choose(rng).map_or("", |(name, _)| name));
-                let line = match rng.random_range(0..5) {
+                let line = match rng.random_range(0..7) {
                     0 => format!("This is {}.\n", with_article(name)),
                     1 => format!("Caption: {} on {} background.\n", with_article(name), with_article(color)),
                     2 => {
@@ -52,7 +52,8 @@ pub(super) fn text(maker: &Maker, rng: &mut ChaCha8Rng) -> Sample {
                         capital(&with_article(name)),
                         with_article(&maker.any(rng).name)
                     ),
-                    _ => format!("Question: What is this? Answer: {name}\n"),
+                    4 => format!("Question: What is this? Answer: {name}\n"),
+                    _ => format!("User:What is this?{END}\nAssistant: {}{END}\n", sentence(name)),
                 };
                 sample.answer(line);
             }
