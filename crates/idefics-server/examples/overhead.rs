@@ -60,19 +60,28 @@ fn main() -> anyhow::Result<()> {
         seconds(&served, &options, &connections, way, 0);
     }
     let mut times = [const { Vec::new() }; WAYS.len()];
+    let (mut rows, mut steps) = ([0; WAYS.len()], [0; WAYS.len()]);
     for turn in 1..=options.turns {
         for place in 0..WAYS.len() {
             let index = (place + turn) % WAYS.len();
+            let before = served.backend.stats();
             times[index].push(seconds(&served, &options, &connections, WAYS[index], turn));
+            let after = served.backend.stats();
+            rows[index] += after.rows - before.rows;
+            steps[index] += after.steps - before.steps;
         }
     }
     let tokens = (options.clients * options.rounds * options.tokens) as f64;
-    println!("          tokens/s  overhead (turns, %)");
-    for (way, seconds) in WAYS.iter().zip(&times) {
+    println!("          tokens/s  rows a step  overhead (turns, %)");
+    for (index, (way, seconds)) in WAYS.iter().zip(&times).enumerate() {
         let overheads: Vec<f64> =
             seconds.iter().zip(&times[0]).map(|(seconds, engine)| 100.0 * (seconds / engine - 1.0)).collect();
         let name = format!("{way:?}").to_lowercase();
-        print!("{name:8}  {:8.1}", tokens / median(seconds));
+        print!(
+            "{name:8}  {:8.1}  {:11.1}",
+            tokens / median(seconds),
+            rows[index] as f64 / steps[index] as f64
+        );
         match way {
             Way::Engine => println!(),
             Way::Whole | Way::Streamed => {

@@ -106,19 +106,10 @@ fn decode_rate(served: &Served, options: &Options, sequences: usize, turn: usize
             submit(&*served.backend, inputs, options.tokens, is_token)
         })
         .collect();
-    let times: Vec<Vec<Instant>> = std::thread::scope(|scope| {
-        let listeners: Vec<_> = requests
-            .into_iter()
-            .map(|(ticket, events)| {
-                scope.spawn(move || {
-                    let times = events.into_iter().map(|_| Instant::now()).collect();
-                    drop(ticket);
-                    times
-                })
-            })
-            .collect();
-        listeners.into_iter().map(|listener| listener.join().expect("no listener panics")).collect()
-    });
+    let times: Vec<Vec<Instant>> = requests
+        .into_iter()
+        .map(|(_ticket, events)| events.into_iter().map(|(time, _)| time).collect())
+        .collect();
     let all_have_one = times.iter().map(|times| times[0]).max().expect("there are sequences");
     let one_ends = times.iter().map(|times| times[times.len() - 1]).min().expect("there are sequences");
     let within = times.iter().flatten().filter(|&&time| all_have_one < time && time <= one_ends).count();
@@ -143,7 +134,9 @@ fn first_tokens(served: &Served, options: &Options) -> anyhow::Result<()> {
             let long: Vec<_> = (0..others)
                 .map(|other| {
                     let inputs = inputs_of(prompt(options.long, 80_000_000 + turn * 1000 + other));
-                    submit(&*served.backend, inputs, 1, is_token)
+                    // Long answers, too: a small model would be through with the prompts at once.
+                    let tokens = served.backend.max_positions().saturating_sub(options.long).max(1);
+                    submit(&*served.backend, inputs, tokens, is_token)
                 })
                 .collect();
             let start = Instant::now();

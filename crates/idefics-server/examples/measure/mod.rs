@@ -138,16 +138,17 @@ pub(crate) fn inputs_of(token_ids: Vec<u32>) -> SequenceInputs {
     SequenceInputs { image_index: vec![None; token_ids.len()], token_ids, images: Vec::new() }
 }
 
-/// Gives the engine a request; what is `wanted` of its events comes through the channel.
+/// Gives the engine a request; what is `wanted` of its events comes through the channel, with the time on the
+/// engine's thread.
 pub(crate) fn submit(
     backend: &dyn Backend,
     inputs: SequenceInputs,
     tokens: usize,
     wanted: fn(&EngineEvent) -> bool,
-) -> (Ticket, mpsc::Receiver<EngineEvent>) {
+) -> (Ticket, mpsc::Receiver<(Instant, EngineEvent)>) {
     let (sender, events) = mpsc::channel();
     let on_event = move |event| {
-        if !wanted(&event) || sender.send(event).is_ok() {
+        if !wanted(&event) || sender.send((Instant::now(), event)).is_ok() {
             ControlFlow::Continue(())
         } else {
             ControlFlow::Break(())
@@ -162,7 +163,7 @@ pub(crate) fn ask_engine(backend: &dyn Backend, inputs: SequenceInputs, tokens: 
     let is_end = |event: &EngineEvent| matches!(event, EngineEvent::Finished(_) | EngineEvent::Failed(_));
     let (_ticket, events) = submit(backend, inputs, tokens, is_end);
     let end = events.recv();
-    assert!(matches!(end, Ok(EngineEvent::Finished(_))), "{end:?}");
+    assert!(matches!(end, Ok((_, EngineEvent::Finished(_)))), "{end:?}");
 }
 
 /// Asks the server and waits for the whole answer.
