@@ -30,8 +30,7 @@ fn answer(sample: &mut Sample, question: &str, answer: &str) {
 /// What one thing is, and nothing else.
 pub(super) fn name(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let thing = maker.any(rng);
-    // Plain ones are easier to begin with.
-    let variation = if rng.random_bool(0.4) { Variation::None } else { variation(rng) };
+    let variation = variation(rng);
     let scene = Maker::alone(rng, thing, variation)?;
     let mut sample = Sample::default();
     user(&mut sample, true).picture(scene.jpeg);

@@ -113,7 +113,7 @@ pub(crate) fn question(
 
 /// Half plain, half not: a model must know a thing as files show it, and as anything else does.
 pub(super) fn variation(rng: &mut ChaCha8Rng) -> Variation {
-    if rng.random_bool(0.2) { Variation::None } else { Variation::Strong }
+    if rng.random_bool(0.5) { Variation::None } else { Variation::Strong }
 }
 
 /// The prompts of the task guide and of the evaluations of the base models.
