@@ -32,7 +32,8 @@ fn list(model: &Path) -> String {
     if !model.is_dir() {
         println!("cargo::warning=no {}: the program will have no default model", model.display());
     }
-    let there = FILES.iter().filter(|name| model.join(name).is_file());
-    let lines = there.map(|name| format!("    {name:?}: {:?},\n", model.join(name)));
+    let there = FILES.into_iter().map(|name| (name, model.join(name))).filter(|(_, path)| path.is_file());
+    // As strings, which are quoted as literals are.
+    let lines = there.map(|(name, path)| format!("    {name:?}: {:?},\n", path.display().to_string()));
     format!("embed! {{\n{}}}\n", lines.collect::<String>())
 }

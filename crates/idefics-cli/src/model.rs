@@ -19,7 +19,7 @@ use crate::{commands::quantize::FormatName, source::Source};
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
     /// Directory of a checkpoint, or a model of the hub, which is downloaded on first use [default: what
-    /// IDEFICS_MODEL says, or the small built-in idefics-tiny]
+    /// `IDEFICS_MODEL` says, or the small built-in idefics-tiny]
     #[arg(long, short, value_name = "DIR|ID")]
     model: Option<String>,
 

@@ -342,7 +342,7 @@ mod tests {
         let mut items = sample::read(&root.join("fixtures/naming")).unwrap();
         assert_eq!(items.len(), 64);
         let names = judge.measure(Task::Name, &items, 0).unwrap();
-        println!("{} of {} names are right ({} to {} %)", names.right, names.of, names.low, names.high);
+        eprintln!("{} of {} names are right ({} to {} %)", names.right, names.of, names.low, names.high);
         assert!(names.right >= FLOOR, "{} of {} names are right, below {FLOOR}", names.right, names.of);
 
         // The same questions about other pictures: what is left is what can be guessed.
@@ -352,7 +352,7 @@ mod tests {
             item.prompt[1] = picture;
         }
         let replaced = judge.measure(Task::Name, &items, 0).unwrap();
-        println!("{} of {} about other pictures", replaced.right, replaced.of);
+        eprintln!("{} of {} about other pictures", replaced.right, replaced.of);
         assert!(
             replaced.right * 4 < names.right,
             "{} of {} names are right, and {} where the picture is another one",

@@ -47,7 +47,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "9b|80b|CONFIG", conflicts_with_all = ["model", "quality"])]
     shape: Option<String>,
 
-    /// A checkpoint: a directory or a model of the hub [default: what IDEFICS_MODEL says, or the small built-in
+    /// A checkpoint: a directory or a model of the hub [default: what `IDEFICS_MODEL` says, or the small built-in
     /// idefics-tiny]
     #[arg(long, short, value_name = "DIR|ID")]
     model: Option<String>,

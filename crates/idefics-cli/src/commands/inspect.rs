@@ -39,7 +39,7 @@ The exit status is 0 only if nothing is wrong with the model.";
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Model directory, or model on the hub (`ORG/NAME[@REVISION]`) [default: what IDEFICS_MODEL says, or the small
+    /// Model directory, or model on the hub (`ORG/NAME[@REVISION]`) [default: what `IDEFICS_MODEL` says, or the small
     /// built-in idefics-tiny]
     #[arg(value_name = "MODEL")]
     model: Option<String>,
@@ -100,7 +100,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let config = read_config(&files)?;
     let mut report = Report::new(&files, &config);
     match Checkpoint::open(&files) {
-        Ok(checkpoint) => describe(&mut report, &checkpoint, args)?,
+        Ok(checkpoint) => describe(&mut report, &checkpoint, args),
         Err(error) => report.problems.push(format!("{:#}", anyhow::Error::new(error))),
     }
     processor::describe(&mut report, &files, &config);
@@ -115,8 +115,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Adds what the files say to the report.
-fn describe(report: &mut Report, checkpoint: &Checkpoint, args: &Args) -> anyhow::Result<()> {
-    report.add_weights(checkpoint)?;
+fn describe(report: &mut Report, checkpoint: &Checkpoint, args: &Args) {
+    report.add_weights(checkpoint);
     if args.keys {
         let weights = &checkpoint.weights;
         let dense = weights.iter().map(|(name, weight)| TensorReport::new(name, weight));
@@ -134,7 +134,6 @@ fn describe(report: &mut Report, checkpoint: &Checkpoint, args: &Args) -> anyhow
         }
         report.values = Some(values);
     }
-    Ok(())
 }
 
 /// Looks at every number once.

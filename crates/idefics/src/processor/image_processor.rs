@@ -60,11 +60,11 @@ impl ImageProcessor {
                 ReadError::TooLarge => format!("larger than {MAX_FILE_BYTES} bytes"),
             })
         })?;
-        Self::from_json(&json).map_err(error)
+        Self::from_json(json).map_err(error)
     }
 
-    fn from_json(json: &[u8]) -> Result<Self, String> {
-        let config: PreprocessorConfig = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    fn from_json(json: impl AsRef<[u8]>) -> Result<Self, String> {
+        let config: PreprocessorConfig = serde_json::from_slice(json.as_ref()).map_err(|e| e.to_string())?;
         let default = Self::default();
         if let Some(n) = config.image_num_channels.filter(|&n| n != 3) {
             return Err(format!("image_num_channels: expected 3, got {n}"));

@@ -160,7 +160,7 @@ impl Report {
     }
 
     /// Adds files, sizes and types.
-    pub(super) fn add_weights(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+    pub(super) fn add_weights(&mut self, checkpoint: &Checkpoint) {
         for file in &checkpoint.files {
             self.files.push(FileReport { name: file_name(&file.path), bytes: file.bytes });
         }
@@ -179,7 +179,6 @@ impl Report {
             }
         }
         self.ignored.clone_from(&checkpoint.ignored);
-        Ok(())
     }
 
     /// Adds special tokens with their roles.
