@@ -295,9 +295,9 @@ fn read_text(source: &ModelFiles, name: &str, limit: u64) -> Result<String, Chec
         ReadError::NotAFile => CheckpointError::NotAFile { path: path.clone() },
         ReadError::TooLarge => CheckpointError::TooLarge { path: path.clone(), limit },
     })?;
-    String::from_utf8(bytes.into_owned()).map_err(|error| CheckpointError::Io {
+    String::from_utf8(bytes.into_owned()).map_err(|_| CheckpointError::Io {
         path,
-        source: io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()),
+        source: io::Error::new(io::ErrorKind::InvalidData, "not valid UTF-8"),
     })
 }
 
