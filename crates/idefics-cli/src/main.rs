@@ -11,6 +11,7 @@ mod options;
 mod output;
 mod progress;
 mod prompts;
+mod source;
 mod task;
 mod templates;
 

@@ -12,15 +12,16 @@ use idefics::{
     quantize::Recipe,
 };
 
-use crate::{commands::quantize::FormatName, progress::resolve_model};
+use crate::{commands::quantize::FormatName, source::Source};
 
 /// The model and its processor.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// Directory of a checkpoint, or a model of the hub, which is downloaded on first use
+    /// Directory of a checkpoint, or a model of the hub, which is downloaded on first use [default: what
+    /// `IDEFICS_MODEL` says, or the small built-in idefics-tiny]
     #[arg(long, short, value_name = "DIR|ID")]
-    model: String,
+    model: Option<String>,
 
     /// What products are computed in; `auto` follows the checkpoint
     #[arg(long, value_enum, default_value = "auto")]
@@ -101,6 +102,8 @@ enum When {
 
 /// A model that is ready.
 pub(crate) struct Loaded {
+    /// What it is called, as the command line has it.
+    pub(crate) name: String,
     pub(crate) model: Arc<Idefics>,
     pub(crate) processor: Processor,
     pub(crate) options: ProcessOptions,
@@ -153,24 +156,28 @@ impl From<Dtype> for ComputeType {
 }
 
 impl ModelArgs {
-    /// What the command line calls the model.
-    pub(crate) fn name(&self) -> &str {
-        &self.model
-    }
-
     /// The format that weights are packed in while loading, if any.
     pub(crate) fn packed_as(&self) -> Option<&'static str> {
         self.quantize.map(FormatName::as_str)
     }
 
-    /// Finds, downloads and opens the model.
+    /// Finds, downloads and opens the model; says on stderr if it is the small one that nobody named.
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
+        self.open(Source::find_and_tell(self.model.as_deref(), "--model")?)
+    }
+
+    /// Finds and downloads the model.
+    pub(crate) fn find(&self) -> anyhow::Result<Source> {
+        Source::find(self.model.as_deref())
+    }
+
+    /// Opens the model that was found.
+    pub(crate) fn open(&self, source: Source) -> anyhow::Result<Loaded> {
         start_threads(self.threads)?;
-        let directory: PathBuf =
-            resolve_model(&self.model).with_context(|| format!("model {}", self.model))?;
-        let in_directory = || format!("model {}", directory.display());
+        let Source { name, files, .. } = source;
+        let in_model = || format!("model {}", files.name().display());
         // The processor is small and most often what is missing, so it goes first.
-        let processor = Processor::from_pretrained(&directory).with_context(in_directory)?;
+        let processor = Processor::from_pretrained(&files).with_context(in_model)?;
         let quantize = self.quantize.map(|format| Recipe::new(format.plain()));
         let options = LoadOptions {
             compute: self.dtype.into(),
@@ -178,9 +185,9 @@ impl ModelArgs {
             adapters: self.adapter.clone(),
             ..LoadOptions::default()
         };
-        let model = Idefics::from_pretrained(&directory, &options).with_context(in_directory)?;
-        model.check_processor(&processor).with_context(in_directory)?;
-        Ok(Loaded { model: Arc::new(model), processor, options: self.process_options() })
+        let model = Idefics::from_pretrained(&files, &options).with_context(in_model)?;
+        model.check_processor(&processor).with_context(in_model)?;
+        Ok(Loaded { name, model: Arc::new(model), processor, options: self.process_options() })
     }
 
     pub(crate) fn process_options(&self) -> ProcessOptions {

@@ -2,7 +2,6 @@
 
 use std::{
     io::IsTerminal,
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -100,9 +99,4 @@ impl hub::Progress for DownloadProgress {
             current.finish();
         }
     }
-}
-
-/// The directory of a model given as a directory or a hub id; downloads it on first use.
-pub(crate) fn resolve_model(model: &str) -> Result<PathBuf, hub::HubError> {
-    hub::resolve(model, &mut DownloadProgress::default())
 }

@@ -27,6 +27,11 @@ pub fn start(format: LogFormat, level: LevelFilter) {
     std::panic::set_hook(Box::new(log_panic));
 }
 
+/// Logs something that whoever started the server should know.
+pub fn warn(message: &str) {
+    tracing::warn!("{message}");
+}
+
 /// A panic, by its place. Its words only if the program's source has them: values in them may come from a request,
 /// as when a text is cut inside a character.
 fn log_panic(panic: &PanicHookInfo<'_>) {

@@ -189,12 +189,12 @@ fn write_model(
         };
         Ok(weight)
     })?;
-    writer.copy_side_files(&source.directory)?;
+    writer.copy_side_files(&source.origin)?;
     let bytes = |dtype: DType| -> u64 {
         specs.iter().filter(|spec| spec.dtype == dtype).map(TensorSpec::num_bytes).sum()
     };
     let main = [DType::F32, DType::F16, DType::Bf16].into_iter().max_by_key(|dtype| bytes(*dtype));
-    writer.copy_config(&source.directory, |config| {
+    writer.copy_config(&source.origin, |config| {
         let name = match main {
             Some(DType::Bf16) => "bfloat16",
             Some(DType::F16) => "float16",

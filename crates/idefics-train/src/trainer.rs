@@ -14,7 +14,7 @@ use std::{
 };
 
 use idefics::{
-    ComputeType, Prompt, Segment,
+    ComputeType, ModelFiles, Prompt, Segment,
     adapter::{Adapter, LoraConfig},
     checkpoint::{Checkpoint, DType, Weights},
     config::IdeficsConfig,
@@ -142,12 +142,13 @@ pub enum Start {
 }
 
 impl Trainer {
-    /// Opens model and data and checks both. `directory` is where the model of the configuration lies.
-    pub fn new(config: TrainConfig, directory: &Path, start: Start) -> Result<Self, TrainError> {
+    /// Opens model and data and checks both. `files` are those of the model that the configuration names.
+    pub fn new(config: TrainConfig, files: impl Into<ModelFiles>, start: Start) -> Result<Self, TrainError> {
+        let files = files.into();
         let checkpoints = state::list(&config.output);
         check_output(&config.output, start, &checkpoints)?;
-        let processor = Processor::from_pretrained(directory)?;
-        let mut source = Checkpoint::open(directory)?;
+        let processor = Processor::from_pretrained(&files)?;
+        let mut source = Checkpoint::open(files)?;
         check_fit(&config, &source, &processor)?;
         let mixture = mixture(&config.data, config.evaluation.held_out, config.seed)?;
         let encoder = Encoder::new(processor.clone(), config.sequence, config.augment, config.seed);
@@ -412,7 +413,7 @@ impl Trainer {
             state::restore(path, &mut self.learner.parameters)?
         } else {
             // Before the first checkpoint the last good weights are those of the beginning.
-            let weights = Checkpoint::open(&self.source.directory)?.weights;
+            let weights = Checkpoint::open(&self.source.origin)?.weights;
             self.learner.parameters =
                 make_parameters(&self.config, &self.source, weights, self.lora.as_ref())?;
             RunState::new(self.state.total_steps, self.state.data.clone(), position.clone())

@@ -9,6 +9,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod dialogue;
+mod files;
 pub mod generate;
 pub mod model;
 pub mod ops;
@@ -16,5 +17,6 @@ mod pretrained;
 pub mod processor;
 pub mod quantize;
 
+pub use files::{MemoryFiles, ModelFiles};
 pub use pretrained::{ComputeType, Idefics, LoadError, LoadOptions};
 pub use processor::{Processor, Prompt, Segment, SequenceInputs};

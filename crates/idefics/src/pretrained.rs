@@ -1,11 +1,12 @@
 //! A model and what its checkpoint says of it, opened in one call.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use crate::{
     adapter::{Adapted, AdapterError, AdapterSource, Adapters},
     checkpoint::{Checkpoint, CheckpointError, DType, GenerationConfigFile, Weights},
     config::IdeficsConfig,
+    files::ModelFiles,
     generate::{Row, StepModel},
     model::{ImageStates, Model, ModelError, OtherSizes, SequenceCache},
     ops::{Compute, Context, Isa},
@@ -76,10 +77,10 @@ pub struct Idefics {
 }
 
 impl Idefics {
-    /// Opens a model directory. Weights stay in the files and are read as they are needed; the files must not be
-    /// changed meanwhile.
-    pub fn from_pretrained(directory: impl AsRef<Path>, options: &LoadOptions) -> Result<Self, LoadError> {
-        Self::from_checkpoint(Checkpoint::open(directory)?, options)
+    /// Opens a model in a directory or in memory. Weights stay in the files and are read as they are needed; the
+    /// files must not be changed meanwhile.
+    pub fn from_pretrained(files: impl Into<ModelFiles>, options: &LoadOptions) -> Result<Self, LoadError> {
+        Self::from_checkpoint(Checkpoint::open(files)?, options)
     }
 
     /// Builds the model of an opened checkpoint.

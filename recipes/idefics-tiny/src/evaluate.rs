@@ -5,7 +5,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use idefics::{
     Idefics, LoadOptions, Processor, Prompt, Segment,
@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::{
     color::COLORS,
     concepts::with_article,
+    sample,
     samples::{END, Maker, NUMBERS, Question, invented_name, question},
     scene::{Place, Scene, Variation, compose},
     steps::Folders,
@@ -55,11 +56,11 @@ pub(crate) enum Task {
 }
 
 /// A prompt and what is right.
-struct Item {
-    prompt: Prompt,
-    right: String,
+pub(crate) struct Item {
+    pub(crate) prompt: Prompt,
+    pub(crate) right: String,
     /// Answers to choose from by likelihood; free generation if there are none.
-    options: Vec<String>,
+    pub(crate) options: Vec<String>,
 }
 
 /// A figure with its 95 % interval, after Wilson.
@@ -112,6 +113,10 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 0)]
     pub(crate) show: usize,
 
+    /// Write the prompts of the one task into this folder, pictures and right answers with them, and measure nothing
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["floor", "show", "model"])]
+    pub(crate) write: Option<std::path::PathBuf>,
+
     /// Least percentage; below it the command fails
     #[arg(long)]
     pub(crate) floor: Option<f64>,
@@ -119,12 +124,15 @@ pub(crate) struct Options {
 
 /// Measures and prints a line of JSON for each task.
 pub(crate) fn evaluate(folders: &Folders, options: &Options) -> Result<()> {
+    if let Some(folder) = &options.write {
+        let [task] = options.tasks[..] else { bail!("--write: name one --task") };
+        return sample::write(folder, &spread(items(folders, task)?, options.limit));
+    }
     let default = folders.work.join("idefics-tiny");
     let judge = Judge::open(options.model.as_deref().unwrap_or(&default))?;
     let tasks = if options.tasks.is_empty() { Task::value_variants() } else { &options.tasks };
     for task in tasks {
-        let mut items = items(folders, *task)?;
-        items = sample(items, options.limit);
+        let items = spread(items(folders, *task)?, options.limit);
         let figure = judge.measure(*task, &items, options.show)?;
         #[expect(clippy::print_stdout, reason = "the result of the command")]
         {
@@ -138,7 +146,7 @@ pub(crate) fn evaluate(folders: &Folders, options: &Options) -> Result<()> {
 }
 
 /// At most `limit` of them, spread evenly.
-fn sample(items: Vec<Item>, limit: usize) -> Vec<Item> {
+fn spread(items: Vec<Item>, limit: usize) -> Vec<Item> {
     let count = items.len();
     if count <= limit {
         return items;
@@ -322,6 +330,48 @@ fn invented(folders: &Folders) -> Result<Vec<Item>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Names of the sample that the model has to know, of 64.
+    const FLOOR: usize = 1;
+
+    /// The model that ships, on pictures of a design that it never learnt from.
+    #[test]
+    fn the_default_model_names_what_is_in_the_picture() {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+        let judge = Judge::open(&root.join("models/idefics-tiny")).unwrap();
+        let mut items = sample::read(&root.join("fixtures/naming")).unwrap();
+        assert_eq!(items.len(), 64);
+        let names = judge.measure(Task::Name, &items, 0).unwrap();
+        eprintln!("{} of {} names are right ({} to {} %)", names.right, names.of, names.low, names.high);
+        assert!(names.right >= FLOOR, "{} of {} names are right, below {FLOOR}", names.right, names.of);
+
+        // The same questions about other pictures: what is left is what can be guessed.
+        let mut pictures: Vec<Segment> = items.iter().map(|item| item.prompt[1].clone()).collect();
+        pictures.rotate_left(1);
+        for (item, picture) in items.iter_mut().zip(pictures) {
+            item.prompt[1] = picture;
+        }
+        let replaced = judge.measure(Task::Name, &items, 0).unwrap();
+        eprintln!("{} of {} about other pictures", replaced.right, replaced.of);
+        assert!(
+            replaced.right * 4 < names.right,
+            "{} of {} names are right, and {} where the picture is another one",
+            names.right,
+            names.of,
+            replaced.right
+        );
+    }
+
+    #[test]
+    fn samples_are_spread_evenly() {
+        let items = |count: usize| -> Vec<Item> {
+            let item = |n: usize| Item { prompt: Prompt::new(), right: n.to_string(), options: Vec::new() };
+            (0..count).map(item).collect()
+        };
+        let chosen: Vec<String> = spread(items(10), 4).into_iter().map(|item| item.right).collect();
+        assert_eq!(chosen, ["2", "4", "7", "9"]);
+        assert_eq!(spread(items(3), 4).len(), 3);
+    }
 
     #[test]
     fn answers_are_compared_without_their_dress() {

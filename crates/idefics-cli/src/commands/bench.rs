@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use idefics::{
-    ComputeType, Idefics, LoadOptions, Processor,
+    ComputeType, Idefics, LoadOptions, ModelFiles, Processor,
     bench::{self, Plan, Quality, RandomWeights, Report},
     checkpoint::read_config,
     config::IdeficsConfig,
@@ -24,7 +24,7 @@ use indicatif::HumanBytes;
 use crate::{
     model::{Dtype, start_threads},
     output,
-    progress::resolve_model,
+    source::Source,
 };
 
 const EXAMPLES: &str = "\
@@ -44,19 +44,20 @@ elsewhere. Weights under --shape are random and in memory; under --model they ar
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Random weights of a size: `9b`, `80b`, or the path of a config.json
-    #[arg(long, value_name = "9b|80b|CONFIG", required_unless_present = "model", conflicts_with = "model")]
+    #[arg(long, value_name = "9b|80b|CONFIG", conflicts_with_all = ["model", "quality"])]
     shape: Option<String>,
 
-    /// A checkpoint: a directory or a model of the hub
+    /// A checkpoint: a directory or a model of the hub [default: what `IDEFICS_MODEL` says, or the small built-in
+    /// idefics-tiny]
     #[arg(long, short, value_name = "DIR|ID")]
     model: Option<String>,
 
     /// How the random weights of the text model and the gated blocks are stored
-    #[arg(long, value_enum, default_value = "bf16", conflicts_with = "model")]
+    #[arg(long, value_enum, default_value = "bf16", requires = "shape")]
     format: Stored,
 
     /// Only so many layers of the text model and of the tower
-    #[arg(long, value_name = "N", conflicts_with = "model")]
+    #[arg(long, value_name = "N", requires = "shape")]
     layers: Option<usize>,
 
     /// What products are computed in; `auto` is bf16 unless the weights are f32
@@ -85,7 +86,7 @@ pub(crate) struct Args {
 
     /// Compare what packed weights and rounded products cost instead of timing: the divergence of the distributions
     /// over the next token from those of the weights as they are, in f32
-    #[arg(long, requires = "model")]
+    #[arg(long)]
     quality: bool,
 
     /// Time the peers of reference/ too, in turns with this program, where their Python packages are installed
@@ -225,18 +226,17 @@ impl Args {
     /// How far every way to store and to compute is from the exact one.
     fn quality(&self) -> anyhow::Result<()> {
         start_threads(self.threads)?;
-        let model = self.model.as_deref().context("--quality needs --model")?;
-        let directory = resolve_model(model)?;
-        let token_ids = Processor::from_pretrained(&directory)?.tokenize(bench::TEXT)?;
+        let files = self.files()?;
+        let token_ids = Processor::from_pretrained(&files)?.tokenize(bench::TEXT)?;
         let distributions = |compute, quantize: Option<Format>| -> anyhow::Result<_> {
             let quantize = quantize.map(Recipe::new);
             show(&format!("{compute:?} {}", quantize.as_ref().map_or("as it is", |_| "packed")));
             let options = LoadOptions { compute, quantize, ..LoadOptions::default() };
-            let idefics = Idefics::from_pretrained(&directory, &options)?;
+            let idefics = Idefics::from_pretrained(&files, &options)?;
             Ok(bench::distributions(idefics.model(), &token_ids)?)
         };
         let exact = distributions(ComputeType::F32, None)?;
-        let is_packed = read_config(&directory)?.quantization_config.is_some();
+        let is_packed = read_config(&files)?.quantization_config.is_some();
         let packed = [Format::Q8, Format::Nf4, Format::Nf4DoubleQuant];
         let forms = std::iter::once(None).chain(packed.into_iter().filter(|_| !is_packed).map(Some));
         let mut found = Vec::new();
@@ -257,14 +257,14 @@ impl Args {
         })?)
     }
 
+    fn files(&self) -> anyhow::Result<ModelFiles> {
+        Ok(Source::find_and_tell(self.model.as_deref(), "--model")?.files)
+    }
+
     fn load(&self) -> anyhow::Result<Loaded> {
         let Some(shape) = &self.shape else {
-            let model = self.model.as_deref().context("either --shape or --model is there")?;
             let options = LoadOptions { compute: self.dtype.into(), ..LoadOptions::default() };
-            return Ok(Loaded::Checkpoint(Box::new(Idefics::from_pretrained(
-                resolve_model(model)?,
-                &options,
-            )?)));
+            return Ok(Loaded::Checkpoint(Box::new(Idefics::from_pretrained(self.files()?, &options)?)));
         };
         let mut config = config_of(shape)?;
         if let Some(layers) = self.layers {

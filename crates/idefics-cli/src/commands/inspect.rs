@@ -18,10 +18,7 @@ use idefics::{
     config::{IdeficsConfig, Workload},
 };
 
-use crate::{
-    output,
-    progress::{ByteProgress, resolve_model},
-};
+use crate::{output, progress::ByteProgress, source::Source};
 use report::{MemoryReport, Report, TensorReport, ValuesReport};
 
 /// Models up to this many bytes have their values checked without being asked.
@@ -29,6 +26,7 @@ const SMALL_MODEL: u64 = 1 << 30;
 
 const EXAMPLES: &str = "\
 Examples:
+  idefics inspect                                               # the small built-in model
   idefics inspect HuggingFaceM4/idefics-9b-instruct
   idefics inspect ./model --context 1024 --batch 8 --images 2   # memory of such a workload
   idefics inspect ./model --keys --json                         # everything, for programs
@@ -41,9 +39,10 @@ The exit status is 0 only if nothing is wrong with the model.";
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Model directory, or model on the hub (`ORG/NAME[@REVISION]`)
+    /// Model directory, or model on the hub (`ORG/NAME[@REVISION]`) [default: what `IDEFICS_MODEL` says, or the small
+    /// built-in idefics-tiny]
     #[arg(value_name = "MODEL")]
-    model: String,
+    model: Option<String>,
 
     /// List every tensor with type and shape
     #[arg(long)]
@@ -94,17 +93,17 @@ enum Compute {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let directory = resolve_model(&args.model)?;
+    let files = Source::find_and_tell(args.model.as_deref(), "idefics inspect")?.files;
     if let Some(path) = &args.tokenize {
-        return tokenize::run(&directory, path);
+        return tokenize::run(&files, path);
     }
-    let config = read_config(&directory)?;
-    let mut report = Report::new(&directory, &config);
-    match Checkpoint::open(&directory) {
-        Ok(checkpoint) => describe(&mut report, &checkpoint, args)?,
+    let config = read_config(&files)?;
+    let mut report = Report::new(&files, &config);
+    match Checkpoint::open(&files) {
+        Ok(checkpoint) => describe(&mut report, &checkpoint, args),
         Err(error) => report.problems.push(format!("{:#}", anyhow::Error::new(error))),
     }
-    processor::describe(&mut report, &directory, &config);
+    processor::describe(&mut report, &files, &config);
     report.memory = memory(&config, report.weight_bytes(), &report, args);
     let text = if args.json { serde_json::to_string(&report)? } else { report.to_string() };
     output::print(&text)?;
@@ -116,8 +115,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Adds what the files say to the report.
-fn describe(report: &mut Report, checkpoint: &Checkpoint, args: &Args) -> anyhow::Result<()> {
-    report.add_weights(checkpoint)?;
+fn describe(report: &mut Report, checkpoint: &Checkpoint, args: &Args) {
+    report.add_weights(checkpoint);
     if args.keys {
         let weights = &checkpoint.weights;
         let dense = weights.iter().map(|(name, weight)| TensorReport::new(name, weight));
@@ -135,7 +134,6 @@ fn describe(report: &mut Report, checkpoint: &Checkpoint, args: &Args) -> anyhow
         }
         report.values = Some(values);
     }
-    Ok(())
 }
 
 /// Looks at every number once.

@@ -12,7 +12,8 @@ use super::init::DtypeName;
 use crate::{
     model::{adapter_source, start_threads},
     output,
-    progress::{ByteProgress, resolve_model},
+    progress::ByteProgress,
+    source::files_of,
 };
 
 const EXAMPLES: &str = "\
@@ -28,7 +29,7 @@ Sums are exact to f32 and rounded once to the type of the weights. Packed weight
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Model directory, or model on the hub (`ORG/NAME[@REVISION]`)
+    /// Model directory, model on the hub (`ORG/NAME[@REVISION]`), or idefics-tiny, the small built-in model
     #[arg(value_name = "BASE")]
     base: String,
 
@@ -63,9 +64,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     start_threads(args.threads)?;
-    let base = resolve_model(&args.base)?;
     let adapters: Vec<AdapterSource> = std::iter::once(&args.adapter).chain(&args.more).cloned().collect();
-    let mut merger = Merger::open(&base, &adapters)?.with_max_shard_bytes((args.max_shard_gb * 1e9) as u64);
+    let mut merger = Merger::open(files_of(&args.base)?, &adapters)?
+        .with_max_shard_bytes((args.max_shard_gb * 1e9) as u64);
     if let Some(dtype) = args.dtype {
         merger = merger.with_dtype(DType::from(dtype));
     }

@@ -10,10 +10,7 @@ use idefics::{
 };
 use indicatif::HumanBytes;
 
-use crate::{
-    output,
-    progress::{ByteProgress, resolve_model},
-};
+use crate::{output, progress::ByteProgress, source::files_of};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -129,8 +126,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         pool.build_global().context("cannot start the threads")?;
     }
     let parts: BTreeSet<Part> = args.parts.iter().map(|name| Part::from(*name)).collect();
-    let directory = resolve_model(&args.model)?;
-    let quantizer = Quantizer::open(&directory, &Recipe { format, parts })?
+    let quantizer = Quantizer::open(files_of(&args.model)?, &Recipe { format, parts })?
         .with_max_shard_bytes((args.max_shard_gb * 1e9) as u64)?;
     let mut progress = ByteProgress::start("quantizing", 0, quantizer.work_bytes());
     let summary = quantizer.write(&args.out, &mut |bytes| progress.advance(bytes))?;

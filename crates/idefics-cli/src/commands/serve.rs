@@ -83,7 +83,7 @@ struct NetworkArgs {
     #[arg(long)]
     sandbox: bool,
 
-    /// Name of the model for clients; the first is shown, all are known [default: what --model says]
+    /// Name of the model for clients; the first is shown, all are known [default: that of the model]
     #[arg(long = "served-model-name", value_name = "NAME")]
     names: Vec<String>,
 }
@@ -164,12 +164,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 }
 
 fn load(model: &ModelArgs, names: &[String], options: EngineOptions) -> anyhow::Result<Loaded> {
-    let loaded = model.load()?;
+    let source = model.find()?;
+    if let Some(note) = source.note("--model") {
+        logging::warn(&note);
+    }
+    let loaded = model.open(source)?;
     let generation = loaded.model.default_generation(Some(loaded.processor.special_tokens()))?;
     let mut names = names.iter().cloned();
     let card = ModelCard {
-        id: names.next().unwrap_or_else(|| public_name(model.name())),
-        aliases: names.chain([model.name().to_owned()]).collect(),
+        id: names.next().unwrap_or_else(|| public_name(&loaded.name)),
+        aliases: names.chain([loaded.name.clone()]).collect(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         dtype: model.packed_as().map_or_else(|| stored_as(loaded.model.config()), str::to_owned),
     };

@@ -16,7 +16,7 @@ use idefics_train::{
 use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use crate::{cancel, model::start_threads, output, progress::resolve_model};
+use crate::{cancel, model::start_threads, output, source::files_of};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -48,7 +48,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
 
-    /// Model to begin with: a directory, or a name on the hub
+    /// Model to begin with: a directory, a name on the hub, or idefics-tiny, the small built-in model
     #[arg(long, value_name = "DIR|ID")]
     model: Option<String>,
 
@@ -101,10 +101,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let config = TrainConfig::load(&args.config, &args.overrides())?;
     start_threads(args.threads)?;
     cancel::on_interrupt()?;
-    let directory = resolve_model(&config.model).with_context(|| format!("model {}", config.model))?;
+    let files = files_of(&config.model)?;
     let start = if args.resume { Start::Resume } else { Start::Fresh };
     eprintln!("reading the data ...");
-    let mut trainer = Trainer::new(config, &directory, start)?;
+    let mut trainer = Trainer::new(config, files, start)?;
     describe(&trainer);
     let begun = Instant::now();
     trainer.try_longest().context("the longest sequence")?;

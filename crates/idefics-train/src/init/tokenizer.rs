@@ -45,7 +45,7 @@ pub(super) struct NewTokenizer {
 impl NewTokenizer {
     pub(super) fn open(directory: &Path, wanted: AddedTokens) -> Result<Self, InitError> {
         let bound = id_bound_of(directory)?;
-        match Tokenizer::from_dir(directory) {
+        match Tokenizer::from_pretrained(directory) {
             Ok(tokenizer) => Self::complete(directory, bound, &tokenizer, wanted),
             Err(TokenizerError::MissingToken(token)) if IMAGE_TOKENS.contains(&token.as_str()) => {
                 Self::with_tokens(directory, bound, wanted)
@@ -103,7 +103,7 @@ impl NewTokenizer {
             let path = trial.path().join(name);
             std::fs::write(&path, bytes).map_err(|source| WriteError::cannot_write(&path, source))?;
         }
-        let tokenizer = Tokenizer::from_dir(trial.path())?;
+        let tokenizer = Tokenizer::from_pretrained(trial.path())?;
         for (token, id) in new.added.iter().zip(base..) {
             if tokenizer.token_id(token) != Some(id) {
                 let problem = format!("`{token}` has id {:?}, expected {id}", tokenizer.token_id(token));

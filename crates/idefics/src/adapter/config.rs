@@ -76,7 +76,7 @@ impl LoraConfig {
     /// Reads and checks the file of an adapter's directory.
     pub(super) fn open(directory: &Path) -> Result<Self, AdapterError> {
         let path = directory.join(CONFIG_FILE);
-        let object = read_object(&path)?;
+        let object = read_object(&directory.into(), CONFIG_FILE)?;
         let refuse = |field: &str, got: &Value, expected| {
             let (field, got) = (field.to_owned(), got.to_string());
             Err(AdapterError::Setting { path: path.clone(), field, got, expected })

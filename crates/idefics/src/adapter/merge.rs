@@ -10,9 +10,12 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{Adapter, AdapterError, AdapterSource, Adapters};
-use crate::checkpoint::{
-    Checkpoint, CheckpointWriter, DType, LinearWeight, TensorSpec, Weight, WriteError, check_not_same,
-    expected_tensors, torch_name,
+use crate::{
+    checkpoint::{
+        Checkpoint, CheckpointWriter, DType, LinearWeight, TensorSpec, Weight, WriteError, check_not_same,
+        expected_tensors, torch_name,
+    },
+    files::ModelFiles,
 };
 
 /// A model and the adapters to be added to it.
@@ -41,7 +44,7 @@ pub struct MergeSummary {
 
 impl Merger {
     /// Opens the model and the adapters.
-    pub fn open(base: impl AsRef<Path>, sources: &[AdapterSource]) -> Result<Self, AdapterError> {
+    pub fn open(base: impl Into<ModelFiles>, sources: &[AdapterSource]) -> Result<Self, AdapterError> {
         let checkpoint = Checkpoint::open(base)?;
         let adapters = Adapters::open(sources, &checkpoint.config)?;
         Ok(Self { checkpoint, adapters, dtype: None, max_shard_bytes: None })
@@ -69,8 +72,10 @@ impl Merger {
     /// Writes the merged model to `out`, a new or empty directory. `progress` is called with the bytes written since
     /// the last call.
     pub fn write(&self, out: &Path, progress: &mut dyn FnMut(u64)) -> Result<MergeSummary, AdapterError> {
-        let base = &self.checkpoint.directory;
-        check_not_same(base, out)?;
+        let base = &self.checkpoint.origin;
+        if let Some(directory) = base.directory() {
+            check_not_same(directory, out)?;
+        }
         let specs = self.specs();
         let mut writer = CheckpointWriter::create(out)?;
         if let Some(bytes) = self.max_shard_bytes {

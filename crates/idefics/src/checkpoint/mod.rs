@@ -21,8 +21,7 @@ pub(crate) mod write;
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::Read,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -40,7 +39,11 @@ pub use weight::{DType, Weight};
 pub use weights::Weights;
 pub use write::{CheckpointWriter, TensorSpec, WriteError, check_not_same, config_json};
 
-use crate::{config::IdeficsConfig, quantize::Format};
+use crate::{
+    config::IdeficsConfig,
+    files::{ModelFiles, ReadError},
+    quantize::Format,
+};
 use assemble::Scheme;
 use error::io_error;
 use weights::Gathered;
@@ -53,11 +56,11 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 const WEIGHTS_FILE: &str = "model.safetensors";
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// A model directory, opened and found consistent.
+/// A model, opened and found consistent.
 #[derive(Debug)]
 pub struct Checkpoint {
     /// Where it lies.
-    pub directory: PathBuf,
+    pub origin: ModelFiles,
     /// `config.json`.
     pub config: IdeficsConfig,
     /// `generation_config.json`, or nothing where there is none.
@@ -65,41 +68,60 @@ pub struct Checkpoint {
     /// All tensors that the configuration calls for, and no other. Tied heads are there too.
     pub weights: Weights,
     /// The files that hold them.
-    pub files: Vec<PathBuf>,
+    pub files: Vec<WeightFile>,
     /// Stored tensors that are not used: buffers that old versions of the reference saved.
     pub ignored: Vec<String>,
 }
 
+/// A file of weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightFile {
+    /// Where it lies, or how it is called in memory.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+}
+
 impl Checkpoint {
-    /// Opens the model in a directory: reads the configuration, maps the weights, checks all names and shapes.
+    /// Opens the model in a directory or in memory: reads the configuration, maps the weights, checks all names and
+    /// shapes.
     ///
-    /// The weight files must not be changed or shortened while any weight is in use; replacing them by new files
-    /// of the same name is fine.
-    pub fn open(directory: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        let directory = directory.as_ref();
-        let config = read_config(directory)?;
-        let generation_config = read_generation_config(directory)?;
-        let scheme = scheme(directory, &config)?;
-        let files = weight_files(directory)?;
-        let mut gathered = Gathered::default();
-        for path in &files.paths {
-            gathered.add_file(path)?;
-        }
-        if let Some((path, index)) = &files.index {
-            check_index(path, index, &gathered)?;
-        }
+    /// The weight files of a directory must not be changed or shortened while any weight is in use; replacing them
+    /// by new files of the same name is fine. In memory the weights are one file.
+    pub fn open(origin: impl Into<ModelFiles>) -> Result<Self, CheckpointError> {
+        let origin = origin.into();
+        let config = read_config(&origin)?;
+        let generation_config = read_generation_config(&origin)?;
+        let scheme = scheme(&origin, &config)?;
+        let mut gathered = gather(&origin)?;
         let unsound = gathered.assemble(scheme)?;
-        let Gathered { mut weights, ignored, .. } = gathered;
+        let Gathered { mut weights, files, ignored, .. } = gathered;
         compare::check(&mut weights, unsound, &config)?;
-        Ok(Self {
-            directory: directory.to_owned(),
-            config,
-            generation_config,
-            weights,
-            files: files.paths,
-            ignored,
-        })
+        Ok(Self { origin, config, generation_config, weights, files, ignored })
     }
+}
+
+/// All tensors of a model, checked against its index if it has one.
+fn gather(source: &ModelFiles) -> Result<Gathered, CheckpointError> {
+    let mut gathered = Gathered::default();
+    match source {
+        ModelFiles::Memory(memory) => {
+            let bytes = memory
+                .get(WEIGHTS_FILE)
+                .ok_or_else(|| CheckpointError::NoWeights { path: source.name().to_owned() })?;
+            gathered.add_bytes(&source.path(WEIGHTS_FILE), bytes)?;
+        }
+        ModelFiles::Directory(directory) => {
+            let files = weight_files(directory)?;
+            for path in &files.paths {
+                gathered.add_file(path)?;
+            }
+            if let Some((path, index)) = &files.index {
+                check_index(path, index, &gathered)?;
+            }
+        }
+    }
+    Ok(gathered)
 }
 
 /// Maps one weight file, packed in that format where it is packed.
@@ -137,22 +159,29 @@ fn read_files(paths: &[PathBuf], wanted: &dyn Fn(&str) -> bool) -> Result<Weight
 }
 
 /// Reads and validates `config.json`.
-pub fn read_config(directory: &Path) -> Result<IdeficsConfig, CheckpointError> {
-    if !fs::metadata(directory).map_err(io_error(directory))?.is_dir() {
+pub fn read_config(source: impl Into<ModelFiles>) -> Result<IdeficsConfig, CheckpointError> {
+    let source = source.into();
+    if let Some(directory) = source.directory()
+        && !fs::metadata(directory).map_err(io_error(directory))?.is_dir()
+    {
         return Err(CheckpointError::NotADirectory { path: directory.to_owned() });
     }
-    let path = directory.join("config.json");
-    let text = read_text(&path, MAX_CONFIG_BYTES)?;
+    let text = read_text(&source, "config.json", MAX_CONFIG_BYTES)?;
+    let path = source.path("config.json");
     IdeficsConfig::from_json(&text).map_err(|source| CheckpointError::Config { path, source })
 }
 
-/// Reads `generation_config.json`; a directory without one proposes nothing.
-pub fn read_generation_config(directory: &Path) -> Result<GenerationConfigFile, CheckpointError> {
-    let path = directory.join("generation_config.json");
-    if !path.exists() {
+/// Reads `generation_config.json`; a model without one proposes nothing.
+pub fn read_generation_config(
+    source: impl Into<ModelFiles>,
+) -> Result<GenerationConfigFile, CheckpointError> {
+    const NAME: &str = "generation_config.json";
+    let source = source.into();
+    if !source.contains(NAME) {
         return Ok(GenerationConfigFile::default());
     }
-    let text = read_text(&path, MAX_CONFIG_BYTES)?;
+    let text = read_text(&source, NAME, MAX_CONFIG_BYTES)?;
+    let path = source.path(NAME);
     serde_json::from_str(&text).map_err(|source| CheckpointError::GenerationConfig { path, source })
 }
 
@@ -176,7 +205,7 @@ fn weight_files(directory: &Path) -> Result<WeightFiles, CheckpointError> {
     if !path.exists() {
         return Err(no_weights(directory));
     }
-    let text = read_text(&path, MAX_INDEX_BYTES)?;
+    let text = read_text(&directory.into(), INDEX_FILE, MAX_INDEX_BYTES)?;
     let bad = |source| CheckpointError::Index { path: path.clone(), source };
     let index = Index::from_json(&text).map_err(bad)?;
     let mut shards = BTreeMap::new();
@@ -231,11 +260,11 @@ fn no_weights(directory: &Path) -> CheckpointError {
 pub(crate) const Q8_METHOD: &str = "idefics_q8";
 
 /// How the configuration says that weights are packed; a way that is not supported is an error that names it.
-fn scheme(directory: &Path, config: &IdeficsConfig) -> Result<Option<Scheme>, CheckpointError> {
+fn scheme(source: &ModelFiles, config: &IdeficsConfig) -> Result<Option<Scheme>, CheckpointError> {
     let refuse =
-        |file: &str, method: String| Err(CheckpointError::Quantized { path: directory.join(file), method });
+        |file: &str, method: String| Err(CheckpointError::Quantized { path: source.path(file), method });
     let Some(quantization) = &config.quantization_config else {
-        if directory.join("quantize_config.json").exists() {
+        if source.contains("quantize_config.json") {
             return refuse("quantize_config.json", "GPTQ or AWQ".to_owned());
         }
         return Ok(None);
@@ -259,18 +288,17 @@ fn scheme(directory: &Path, config: &IdeficsConfig) -> Result<Option<Scheme>, Ch
 }
 
 /// Reads a whole text file that may not be longer than `limit`.
-fn read_text(path: &Path, limit: u64) -> Result<String, CheckpointError> {
-    // Opening a pipe would wait for its writer.
-    if !fs::metadata(path).map_err(io_error(path))?.is_file() {
-        return Err(CheckpointError::NotAFile { path: path.to_owned() });
-    }
-    let file = File::open(path).map_err(io_error(path))?;
-    let mut text = String::new();
-    let length = file.take(limit + 1).read_to_string(&mut text).map_err(io_error(path))?;
-    if length as u64 > limit {
-        return Err(CheckpointError::TooLarge { path: path.to_owned(), limit });
-    }
-    Ok(text)
+fn read_text(source: &ModelFiles, name: &str, limit: u64) -> Result<String, CheckpointError> {
+    let path = source.path(name);
+    let bytes = source.read(name, limit).map_err(|error| match error {
+        ReadError::Io(source) => CheckpointError::Io { path: path.clone(), source },
+        ReadError::NotAFile => CheckpointError::NotAFile { path: path.clone() },
+        ReadError::TooLarge => CheckpointError::TooLarge { path: path.clone(), limit },
+    })?;
+    String::from_utf8(bytes.into_owned()).map_err(|_| CheckpointError::Io {
+        path,
+        source: io::Error::new(io::ErrorKind::InvalidData, "not valid UTF-8"),
+    })
 }
 
 #[cfg(test)]

@@ -57,7 +57,7 @@ impl fmt::Display for DType {
     }
 }
 
-/// Bytes that weights share: a file map, or a vector.
+/// Bytes that weights share: a file map, a vector, or a part of the program.
 pub(super) trait Storage: AsRef<[u8]> + Send + Sync {
     /// Lets the system take back the memory of some bytes, where it can bring them back.
     fn release(&self, _range: Range<usize>) {}
@@ -72,6 +72,9 @@ pub(super) trait Storage: AsRef<[u8]> + Send + Sync {
     /// Lets go of the memory of some bytes at once, where they can be brought back.
     fn evict(&self, _range: Range<usize>) {}
 }
+
+/// A part of the program: always there.
+impl Storage for &'static [u8] {}
 
 /// Who owns the bytes of a weight.
 pub(super) type Owner = Arc<dyn Storage>;

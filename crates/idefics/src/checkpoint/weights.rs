@@ -7,13 +7,13 @@ use std::{
 };
 
 use super::{
-    CheckpointError, LinearWeight, PackedWeight, Weight,
+    CheckpointError, LinearWeight, PackedWeight, Weight, WeightFile,
     assemble::{PackedError, RawTensor, Scheme, assemble},
     error::io_error,
     header::{parse_header, printable},
     layout::is_ignored,
     mmap::MappedFile,
-    weight::{Bytes, DType},
+    weight::{Bytes, DType, Owner},
 };
 
 /// Named weights, in the order of their names. Those of linear layers may be packed.
@@ -93,6 +93,8 @@ impl<N: Into<String>> FromIterator<(N, Weight)> for Weights {
 #[derive(Default)]
 pub(super) struct Gathered {
     pub(super) weights: Weights,
+    /// The files.
+    pub(super) files: Vec<WeightFile>,
     /// Names that a loader may pass over.
     pub(super) ignored: Vec<String>,
     /// Which file holds a tensor, ignored ones included.
@@ -114,9 +116,25 @@ impl Gathered {
         path: &Path,
         wanted: &dyn Fn(&str) -> bool,
     ) -> Result<(), CheckpointError> {
-        let map = Arc::new(MappedFile::open(path).map_err(io_error(path))?);
+        let map = MappedFile::open(path).map_err(io_error(path))?;
+        self.add(path, &(Arc::new(map) as _), wanted)
+    }
+
+    /// Adds the tensors of a file that is in memory.
+    pub(super) fn add_bytes(&mut self, path: &Path, bytes: &'static [u8]) -> Result<(), CheckpointError> {
+        self.add(path, &(Arc::new(bytes) as _), &|_| true)
+    }
+
+    fn add(
+        &mut self,
+        path: &Path,
+        file: &Owner,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<(), CheckpointError> {
+        let bytes = (**file).as_ref();
+        self.files.push(WeightFile { path: path.to_owned(), bytes: bytes.len() as u64 });
         let header = |source| CheckpointError::Safetensors { path: path.to_owned(), source };
-        let tensors = parse_header((*map).as_ref()).map_err(header)?;
+        let tensors = parse_header(bytes).map_err(header)?;
         for info in tensors.into_iter().filter(|info| wanted(&info.name)) {
             if let Some(first) = self.file_of.insert(info.name.clone(), path.to_owned()) {
                 let (name, second) = (printable(&info.name), path.to_owned());
@@ -126,7 +144,7 @@ impl Gathered {
                 self.ignored.push(info.name);
                 continue;
             }
-            let bytes = Bytes::new(Arc::clone(&map) as _, info.bytes);
+            let bytes = Bytes::new(Arc::clone(file), info.bytes);
             if let Some(dtype) = DType::from_name(&info.dtype) {
                 self.weights.insert(info.name, bytes.into_weight(dtype, info.shape));
             } else {

@@ -6,11 +6,13 @@
 //! Switches (`do_resize`, `do_rescale`, `do_normalize`) are honoured; releases before 4.52 always rescaled.
 //! As every sample is one of 256 values, the arithmetic is done once per value and channel.
 
-use std::{fs, path::Path};
-
 use serde::Deserialize;
 
 use super::{PixelValues, decode::RgbImage, error::ProcessorError, resize::resize_bicubic};
+use crate::files::{ModelFiles, ReadError};
+
+/// Larger than any file of settings.
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// Largest side that a configuration may ask for.
 const MAX_IMAGE_SIDE: usize = 1 << 12;
@@ -47,14 +49,22 @@ impl Default for ImageProcessor {
 impl ImageProcessor {
     /// Reads `preprocessor_config.json`. Unknown keys are tolerated, values that would change the result in a
     /// way that is not implemented are errors.
-    pub fn from_file(path: &Path) -> Result<Self, ProcessorError> {
-        let text =
-            fs::read_to_string(path).map_err(|e| config_error(path, format!("cannot be read: {e}")))?;
-        Self::from_json(&text).map_err(|reason| config_error(path, reason))
+    pub fn from_pretrained(files: impl Into<ModelFiles>) -> Result<Self, ProcessorError> {
+        const NAME: &str = "preprocessor_config.json";
+        let files = files.into();
+        let error = |reason| ProcessorError::PreprocessorConfig { path: files.path(NAME), reason };
+        let json = files.read(NAME, MAX_FILE_BYTES).map_err(|e| {
+            error(match e {
+                ReadError::Io(e) => format!("cannot be read: {e}"),
+                ReadError::NotAFile => "not a regular file".to_owned(),
+                ReadError::TooLarge => format!("larger than {MAX_FILE_BYTES} bytes"),
+            })
+        })?;
+        Self::from_json(json).map_err(error)
     }
 
-    fn from_json(text: &str) -> Result<Self, String> {
-        let config: PreprocessorConfig = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    fn from_json(json: impl AsRef<[u8]>) -> Result<Self, String> {
+        let config: PreprocessorConfig = serde_json::from_slice(json.as_ref()).map_err(|e| e.to_string())?;
         let default = Self::default();
         if let Some(n) = config.image_num_channels.filter(|&n| n != 3) {
             return Err(format!("image_num_channels: expected 3, got {n}"));
@@ -164,10 +174,6 @@ fn per_channel(key: &str, values: Option<Vec<f32>>) -> Result<Option<[f32; 3]>, 
     let Some(values) = values else { return Ok(None) };
     let got = values.len();
     values.try_into().map(Some).map_err(|_| format!("{key}: expected 3 values, got {got}"))
-}
-
-fn config_error(path: &Path, reason: String) -> ProcessorError {
-    ProcessorError::PreprocessorConfig { path: path.to_owned(), reason }
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ pub mod resize;
 mod tokenizer;
 mod types;
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 pub use decode::{ExifOrientation, ImageLimits, RgbImage};
 pub use error::{FetchError, ImageError, ProcessorError, TokenizerError};
@@ -31,6 +31,7 @@ pub use prompt::{
 pub use tokenizer::{DecodeStream, SpecialTokenText, Tokenizer, id_bound_of};
 pub use types::{ImageHash, ImageSource, PixelValues, Prompt, Segment, SequenceInputs};
 
+use crate::files::ModelFiles;
 use padded::Row;
 
 /// Turns prompts into what the model takes, and token ids back into text.
@@ -69,11 +70,12 @@ pub enum ImagesPerText {
 }
 
 impl Processor {
-    /// Loads the processor of a checkpoint directory: `preprocessor_config.json` and the tokenizer's files.
-    pub fn from_pretrained(dir: impl AsRef<Path>) -> Result<Self, ProcessorError> {
-        let dir = dir.as_ref();
-        let image_processor = ImageProcessor::from_file(&dir.join("preprocessor_config.json"))?;
-        Ok(Self::new(Tokenizer::from_dir(dir)?, image_processor))
+    /// Loads the processor of a model in a directory or in memory: `preprocessor_config.json` and the tokenizer's
+    /// files.
+    pub fn from_pretrained(files: impl Into<ModelFiles>) -> Result<Self, ProcessorError> {
+        let files = files.into();
+        let image_processor = ImageProcessor::from_pretrained(&files)?;
+        Ok(Self::new(Tokenizer::from_pretrained(&files)?, image_processor))
     }
 
     /// A processor from its parts.

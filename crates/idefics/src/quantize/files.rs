@@ -5,23 +5,24 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{Format, Recipe};
-use crate::checkpoint::{
-    DType, Part, Q8_METHOD, WriteError, torch_name,
-    write::{SIDE_FILES, copy_file, read_object, write_json},
+use crate::{
+    checkpoint::{
+        DType, Part, Q8_METHOD, WriteError, torch_name,
+        write::{copy_side_files, read_object, write_json},
+    },
+    files::ModelFiles,
 };
 
 /// Copies tokenizer, processor and generation files, then writes the configuration: without it a directory is
 /// no model, so it comes last.
 pub(super) fn write_side_files(
-    from: &Path,
+    from: &ModelFiles,
     to: &Path,
     recipe: &Recipe,
     dtype: DType,
 ) -> Result<(), WriteError> {
-    for name in SIDE_FILES {
-        copy_file(&from.join(name), &to.join(name))?;
-    }
-    let mut config = read_object(&from.join("config.json"))?;
+    copy_side_files(from, to)?;
+    let mut config = read_object(from, "config.json")?;
     config.insert("quantization_config".to_owned(), quantization_config(recipe, dtype));
     write_json(&to.join("config.json"), &Value::Object(config))
 }

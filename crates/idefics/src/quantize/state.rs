@@ -11,9 +11,12 @@ use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
 
 use super::{QuantizeError, Recipe};
-use crate::checkpoint::{
-    Checkpoint,
-    write::{io_error, partial_path, write_json},
+use crate::{
+    checkpoint::{
+        Checkpoint, WeightFile,
+        write::{io_error, partial_path, write_json},
+    },
+    files::ModelFiles,
 };
 
 /// Lies in the output directory until everything is done.
@@ -119,12 +122,17 @@ impl State {
     }
 }
 
-/// A digest of the configuration, and of name, length, time of change and header of each weight file.
+/// A digest of the configuration, and of name, length, time of change and header of each weight file; of everything
+/// where it is in memory.
 fn fingerprint(checkpoint: &Checkpoint) -> Result<String, QuantizeError> {
     let mut context = Context::new(&SHA256);
-    let config = checkpoint.directory.join("config.json");
+    if let ModelFiles::Memory(memory) = &checkpoint.origin {
+        memory.files.iter().for_each(|(_, bytes)| context.update(bytes));
+        return Ok(hex(context.finish().as_ref()));
+    }
+    let config = checkpoint.origin.path("config.json");
     context.update(&fs::read(&config).map_err(io_error("read", &config))?);
-    for path in &checkpoint.files {
+    for WeightFile { path, .. } in &checkpoint.files {
         let read = || -> std::io::Result<Vec<u8>> {
             let mut file = File::open(path)?;
             let metadata = file.metadata()?;

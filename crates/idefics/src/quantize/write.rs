@@ -14,9 +14,12 @@ use super::{
     state::State,
     verify::verify,
 };
-use crate::checkpoint::{
-    Checkpoint, INDEX_FILE, check_not_same,
-    write::{MAX_SHARD_BYTES, SIDE_FILES_BYTES, check_space, io_error, write_json, write_whole},
+use crate::{
+    checkpoint::{
+        Checkpoint, INDEX_FILE, check_not_same,
+        write::{MAX_SHARD_BYTES, SIDE_FILES_BYTES, check_space, io_error, write_json, write_whole},
+    },
+    files::ModelFiles,
 };
 
 /// A model that is to be written quantized.
@@ -50,9 +53,9 @@ pub struct Summary {
 }
 
 impl Quantizer {
-    /// Opens the model of a directory and lays out what is to be written.
-    pub fn open(directory: impl AsRef<Path>, recipe: &Recipe) -> Result<Self, QuantizeError> {
-        let checkpoint = Checkpoint::open(directory)?;
+    /// Opens a model and lays out what is to be written.
+    pub fn open(files: impl Into<ModelFiles>, recipe: &Recipe) -> Result<Self, QuantizeError> {
+        let checkpoint = Checkpoint::open(files)?;
         let packed = checkpoint.weights.iter_packed().next().map(|(_, weight)| weight.format_name());
         if packed.is_some() || checkpoint.config.quantization_config.is_some() {
             let format = packed.unwrap_or("by its configuration").to_owned();
@@ -84,7 +87,9 @@ impl Quantizer {
     /// `progress` is called with the bytes done since the last call.
     pub fn write(&self, out: &Path, progress: &mut dyn FnMut(u64)) -> Result<Summary, QuantizeError> {
         fs::create_dir_all(out).map_err(io_error("create", out))?;
-        check_not_same(&self.checkpoint.directory, out)?;
+        if let Some(directory) = self.checkpoint.origin.directory() {
+            check_not_same(directory, out)?;
+        }
         let mut state = State::new(&self.checkpoint, &self.recipe, self.max_shard_bytes)?.resume(out)?;
         let mut remaining = Vec::new();
         for shard in &self.plan.shards {
@@ -111,7 +116,7 @@ impl Quantizer {
         if self.plan.shards.len() > 1 {
             write_json(&out.join(INDEX_FILE), &self.plan.index())?;
         }
-        write_side_files(&self.checkpoint.directory, out, &self.recipe, main_dtype(&self.checkpoint))?;
+        write_side_files(&self.checkpoint.origin, out, &self.recipe, main_dtype(&self.checkpoint))?;
         State::remove(out)?;
         Ok(self.summary(out, self.plan.shards.len() - remaining.len()))
     }

@@ -47,7 +47,7 @@ pub(super) struct Answer {
 impl Talker {
     /// Starts the engine; what is left of `loaded` is its processor and the options.
     pub(super) fn start(loaded: Loaded) -> anyhow::Result<(Self, super::session::Reader)> {
-        let Loaded { model, processor, options } = loaded;
+        let Loaded { model, processor, options, .. } = loaded;
         let decoder = Arc::new(processor.clone());
         let engine =
             Engine::start(model, decoder, EngineOptions::default()).context("cannot start the engine")?;
@@ -142,6 +142,7 @@ mod tests {
     #[test]
     fn a_second_question_reads_only_what_is_new() {
         let loaded = Loaded {
+            name: "tiny".to_owned(),
             model: Arc::new(Idefics::from_pretrained(fixture("tiny"), &LoadOptions::default()).unwrap()),
             processor: Processor::from_pretrained(fixture("tiny")).unwrap(),
             options: ProcessOptions {
@@ -176,6 +177,7 @@ mod tests {
     #[test]
     fn prompts_that_cannot_be_answered_are_refused() {
         let loaded = Loaded {
+            name: "tiny".to_owned(),
             model: Arc::new(Idefics::from_pretrained(fixture("tiny"), &LoadOptions::default()).unwrap()),
             processor: Processor::from_pretrained(fixture("tiny")).unwrap(),
             options: ProcessOptions::default(),

@@ -81,6 +81,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         bail!("--add-end-of-utterance: a chat writes the ends of turns itself");
     }
     loaded.options.add_end_of_utterance = DIALOGUE_END_OF_UTTERANCE;
+    let name = loaded.name.clone();
     let form = Form::of(&loaded.processor);
     let settings = Settings::new(generation(args, &loaded, form)?);
     cancel::on_interrupt()?;
@@ -93,7 +94,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     session.add_pictures(&args.images)?;
     let (source, dropped) = if is_terminal {
-        session.greet(args.model.name());
+        session.greet(&name);
         (LineSource::terminal(args.history.as_deref())?, DroppedFiles::AsPictures)
     } else {
         (LineSource::pipe(), DroppedFiles::AsText)

@@ -1,8 +1,7 @@
 //! The processor's files against the configuration: special tokens, vocabulary, picture size.
 
-use std::path::Path;
-
 use idefics::{
+    ModelFiles,
     config::IdeficsConfig,
     processor::{Processor, SpecialToken},
 };
@@ -10,8 +9,8 @@ use idefics::{
 use super::report::Report;
 
 /// Adds the special tokens to the report, and what is wrong with the processor's files.
-pub(super) fn describe(report: &mut Report, directory: &Path, config: &IdeficsConfig) {
-    let processor = match Processor::from_pretrained(directory) {
+pub(super) fn describe(report: &mut Report, files: &ModelFiles, config: &IdeficsConfig) {
+    let processor = match Processor::from_pretrained(files) {
         Ok(processor) => processor,
         Err(error) => return report.problems.push(format!("{:#}", anyhow::Error::new(error))),
     };

@@ -1,9 +1,9 @@
 //! What `inspect` found, as an object for programs and as text for people.
 
-use std::{collections::BTreeMap, fmt, fs, path::Path};
+use std::{collections::BTreeMap, fmt};
 
-use anyhow::Context;
 use idefics::{
+    ModelFiles,
     checkpoint::{Checkpoint, Component, DType, NonFinite, PackedWeight, Weight, expected_tensors},
     config::{IdeficsConfig, Memory, Workload},
     processor::SpecialToken,
@@ -124,7 +124,7 @@ impl MemoryReport {
 
 impl Report {
     /// What the configuration alone says.
-    pub(super) fn new(directory: &Path, config: &IdeficsConfig) -> Self {
+    pub(super) fn new(files: &ModelFiles, config: &IdeficsConfig) -> Self {
         let mut components: BTreeMap<Component, ComponentReport> = BTreeMap::new();
         for (name, shape) in expected_tensors(config) {
             let component = Component::of(&name);
@@ -140,7 +140,7 @@ impl Report {
         }
         let components: Vec<_> = components.into_values().collect();
         Self {
-            directory: directory.display().to_string(),
+            directory: files.name().display().to_string(),
             config: config.clone(),
             files: Vec::new(),
             parameters: components.iter().map(|component| component.parameters).sum(),
@@ -160,11 +160,9 @@ impl Report {
     }
 
     /// Adds files, sizes and types.
-    pub(super) fn add_weights(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
-        for path in &checkpoint.files {
-            let bytes =
-                fs::metadata(path).with_context(|| format!("cannot read `{}`", path.display()))?.len();
-            self.files.push(FileReport { name: file_name(path), bytes });
+    pub(super) fn add_weights(&mut self, checkpoint: &Checkpoint) {
+        for file in &checkpoint.files {
+            self.files.push(FileReport { name: file_name(&file.path), bytes: file.bytes });
         }
         let weights = &checkpoint.weights;
         let dense = weights
@@ -181,7 +179,6 @@ impl Report {
             }
         }
         self.ignored.clone_from(&checkpoint.ignored);
-        Ok(())
     }
 
     /// Adds special tokens with their roles.

@@ -7,14 +7,14 @@ use std::{
 };
 
 use anyhow::Context;
-use idefics::processor::Tokenizer;
+use idefics::{ModelFiles, processor::Tokenizer};
 
 use crate::output;
 
 /// Prints the ids of each line as a JSON array. A line ends at `\n` and nowhere else: other characters that break
 /// lines are text. No token is put in front or behind.
-pub(super) fn run(directory: &Path, path: &Path) -> anyhow::Result<()> {
-    let tokenizer = Tokenizer::from_dir(directory)?;
+pub(super) fn run(files: &ModelFiles, path: &Path) -> anyhow::Result<()> {
+    let tokenizer = Tokenizer::from_pretrained(files)?;
     let shown = path.display();
     let mut reader: Box<dyn BufRead> = if path == Path::new("-") {
         Box::new(io::stdin().lock())

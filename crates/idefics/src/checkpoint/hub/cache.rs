@@ -35,7 +35,7 @@ impl ModelCache {
         if is_commit(revision) {
             return Some(revision.to_owned());
         }
-        let text = read_text(&self.root.join("refs").join(revision), 1024).ok()?;
+        let text = read_text(&self.root.join("refs").into(), revision, 1024).ok()?;
         Some(text.trim().to_owned()).filter(|commit| is_commit(commit))
     }
 
@@ -90,7 +90,7 @@ impl ModelCache {
 }
 
 fn has_all_shards(snapshot: &Path) -> bool {
-    let index = read_text(&snapshot.join(INDEX_FILE), MAX_INDEX_BYTES).ok();
+    let index = read_text(&snapshot.into(), INDEX_FILE, MAX_INDEX_BYTES).ok();
     let index = index.and_then(|text| Index::from_json(&text).ok());
     index.is_some_and(|index| index.shards().iter().all(|shard| snapshot.join(shard).is_file()))
 }

@@ -45,14 +45,6 @@ pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), WriteError> {
     write_bytes(path, format!("{value:#}\n").as_bytes())
 }
 
-/// Copies a file, unless there is none of that name.
-pub(crate) fn copy_file(from: &Path, to: &Path) -> Result<(), WriteError> {
-    if !from.is_file() {
-        return Ok(());
-    }
-    write_bytes(to, &fs::read(from).map_err(io_error("read", from))?)
-}
-
 /// Makes renames last.
 pub(crate) fn sync_directory(directory: &Path) -> Result<(), WriteError> {
     #[cfg(unix)]

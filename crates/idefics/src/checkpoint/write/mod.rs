@@ -17,12 +17,15 @@ use serde_json::{Map, Value, json};
 
 pub use error::WriteError;
 pub(crate) use error::io_error;
-pub(crate) use file::{check_space, copy_file, partial_path, write_bytes, write_json, write_whole};
+pub(crate) use file::{check_space, partial_path, write_bytes, write_json, write_whole};
 pub use layout::TensorSpec;
 pub(crate) use layout::{ALIGN, MAX_SHARD_BYTES, Piece, file_header, index, shard_name, split};
 
-use super::{INDEX_FILE, Weight, weight::DType};
-use crate::config::IdeficsConfig;
+use super::{INDEX_FILE, MAX_CONFIG_BYTES, Weight, weight::DType};
+use crate::{
+    config::IdeficsConfig,
+    files::{ModelFiles, ReadError},
+};
 use file::sync_directory;
 
 /// Files that are copied as they are from one model to another made of it, where the model has them.
@@ -155,18 +158,18 @@ impl CheckpointWriter {
     }
 
     /// Copies tokenizer, processor, generation and licence files from the model that this one is made of.
-    pub fn copy_side_files(&self, from: &Path) -> Result<(), WriteError> {
-        SIDE_FILES.iter().try_for_each(|name| copy_file(&from.join(name), &self.partial.join(name)))
+    pub fn copy_side_files(&self, from: &ModelFiles) -> Result<(), WriteError> {
+        copy_side_files(from, &self.partial)
     }
 
     /// Writes `config.json` as that of another model with changes, so that fields which this library does not
     /// read stay as they are.
     pub fn copy_config(
         &self,
-        from: &Path,
+        from: &ModelFiles,
         change: impl FnOnce(&mut Map<String, Value>),
     ) -> Result<(), WriteError> {
-        let mut config = read_object(&from.join("config.json"))?;
+        let mut config = read_object(from, "config.json")?;
         change(&mut config);
         self.write_json("config.json", &Value::Object(config))
     }
@@ -204,10 +207,31 @@ pub fn check_not_same(from: &Path, out: &Path) -> Result<(), WriteError> {
     }
 }
 
+/// Copies those of [`SIDE_FILES`] that are there.
+pub(crate) fn copy_side_files(from: &ModelFiles, to: &Path) -> Result<(), WriteError> {
+    for name in SIDE_FILES {
+        match from.read(name, u64::MAX) {
+            Ok(bytes) => write_bytes(&to.join(name), &bytes)?,
+            Err(ReadError::Io(error)) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("read", &from.path(name))(error));
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
 /// Reads a file of JSON whose value is an object.
-pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, WriteError> {
-    let text = fs::read_to_string(path).map_err(io_error("read", path))?;
-    serde_json::from_str(&text).map_err(|source| WriteError::Json { path: path.to_owned(), source })
+pub(crate) fn read_object(files: &ModelFiles, name: &str) -> Result<Map<String, Value>, WriteError> {
+    let path = files.path(name);
+    let bytes = files.read(name, MAX_CONFIG_BYTES).map_err(|error| {
+        io_error("read", &path)(match error {
+            ReadError::Io(error) => error,
+            ReadError::NotAFile => io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"),
+            ReadError::TooLarge => io::ErrorKind::FileTooLarge.into(),
+        })
+    })?;
+    serde_json::from_slice(&bytes).map_err(|source| WriteError::Json { path, source })
 }
 
 /// `config.json` of a model in that element type, as transformers writes it.

@@ -54,12 +54,12 @@ fn unknown_fields_of_a_configuration_stay() {
     let out = dir.path().join("out");
     let writer = CheckpointWriter::create(&out).unwrap();
     writer
-        .copy_config(&fixture("tiny"), |config| _ = config.insert("dtype".into(), json!("bfloat16")))
+        .copy_config(&fixture("tiny").into(), |config| _ = config.insert("dtype".into(), json!("bfloat16")))
         .unwrap();
-    writer.copy_side_files(&fixture("tiny")).unwrap();
+    writer.copy_side_files(&fixture("tiny").into()).unwrap();
     writer.finish().unwrap();
     let [before, after] =
-        [fixture("tiny"), out.clone()].map(|dir| read_object(&dir.join("config.json")).unwrap());
+        [fixture("tiny"), out.clone()].map(|dir| read_object(&dir.into(), "config.json").unwrap());
     assert_eq!(after["dtype"], "bfloat16");
     assert!(before.keys().all(|key| after.contains_key(key)));
     for name in ["tokenizer.json", "preprocessor_config.json"] {

@@ -1,11 +1,9 @@
 //! The files a tokenizer is spread over.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
-    fs,
-    io::Read,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
 };
 
 use serde::{Deserialize, de::DeserializeOwned};
@@ -13,7 +11,10 @@ use serde_json::{Value, json};
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::sentencepiece::SentencePieceModel;
-use crate::processor::error::TokenizerError;
+use crate::{
+    files::{ModelFiles, ReadError},
+    processor::error::TokenizerError,
+};
 
 /// Larger than any tokenizer file.
 const MAX_FILE_BYTES: u64 = 256 << 20;
@@ -36,24 +37,24 @@ pub(super) struct SpecialNames {
     pub(super) pad: Option<String>,
 }
 
-pub(super) fn load(dir: &Path) -> Result<Loaded, TokenizerError> {
-    let config: TokenizerConfig = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
-    let map: TokenizerConfig = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
-    let added: BTreeMap<String, u64> = read_json(&dir.join("added_tokens.json"))?.unwrap_or_default();
+pub(super) fn load(files: &ModelFiles) -> Result<Loaded, TokenizerError> {
+    let config: TokenizerConfig = read_json(files, "tokenizer_config.json")?.unwrap_or_default();
+    let map: TokenizerConfig = read_json(files, "special_tokens_map.json")?.unwrap_or_default();
+    let added: BTreeMap<String, u64> = read_json(files, "added_tokens.json")?.unwrap_or_default();
 
-    let json_path = dir.join("tokenizer.json");
-    let (mut tokenizer, legacy_llama) = if let Some(file) = read_json(&json_path)? {
-        from_json(file).map_err(|reason| TokenizerError::Malformed { path: json_path, reason })?
+    let malformed = |name| move |reason| TokenizerError::Malformed { path: files.path(name), reason };
+    let (mut tokenizer, legacy_llama) = if let Some(file) = read_json(files, "tokenizer.json")? {
+        from_json(file).map_err(malformed("tokenizer.json"))?
     } else {
-        let path = dir.join("tokenizer.model");
-        let bytes = read(&path)?.ok_or_else(|| TokenizerError::Missing(dir.to_owned()))?;
-        (from_sentencepiece(&bytes).map_err(|reason| TokenizerError::Malformed { path, reason })?, true)
+        let bytes = read(files, "tokenizer.model")?
+            .ok_or_else(|| TokenizerError::Missing(files.name().to_owned()))?;
+        (from_sentencepiece(&bytes).map_err(malformed("tokenizer.model"))?, true)
     };
 
     let mut listed: Vec<Listed> = Vec::new();
     for (id, token) in config.added_tokens_decoder {
         let id = id.parse().map_err(|_| TokenizerError::Malformed {
-            path: dir.join("tokenizer_config.json"),
+            path: files.path("tokenizer_config.json"),
             reason: format!("added_tokens_decoder: expected a number as key, got `{id}`"),
         })?;
         listed.push(Listed { token: token.into_added_token(), id, file: "tokenizer_config.json" });
@@ -218,24 +219,25 @@ impl AddedTokenEntry {
 }
 
 /// The file as JSON, or nothing if there is none.
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TokenizerError> {
+fn read_json<T: DeserializeOwned>(files: &ModelFiles, name: &str) -> Result<Option<T>, TokenizerError> {
     let malformed =
-        |e: serde_json::Error| TokenizerError::Malformed { path: path.to_owned(), reason: e.to_string() };
-    read(path)?.map(|bytes| serde_json::from_slice(&bytes).map_err(malformed)).transpose()
+        |e: serde_json::Error| TokenizerError::Malformed { path: files.path(name), reason: e.to_string() };
+    read(files, name)?.map(|bytes| serde_json::from_slice(&bytes).map_err(malformed)).transpose()
 }
 
 /// The file's bytes, or nothing if there is none.
-fn read(path: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
-    let error = |source| TokenizerError::Read { path: path.to_owned(), source };
-    let file = match fs::File::open(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        opened => opened.map_err(error)?,
-    };
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(error)?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        let reason = format!("larger than {MAX_FILE_BYTES} bytes");
-        return Err(TokenizerError::Malformed { path: path.to_owned(), reason });
+fn read(files: &ModelFiles, name: &str) -> Result<Option<Cow<'static, [u8]>>, TokenizerError> {
+    let path = || files.path(name);
+    match files.read(name, MAX_FILE_BYTES) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.is_missing() => Ok(None),
+        Err(ReadError::Io(source)) => Err(TokenizerError::Read { path: path(), source }),
+        Err(ReadError::NotAFile) => {
+            Err(TokenizerError::Malformed { path: path(), reason: "not a regular file".to_owned() })
+        }
+        Err(ReadError::TooLarge) => Err(TokenizerError::Malformed {
+            path: path(),
+            reason: format!("larger than {MAX_FILE_BYTES} bytes"),
+        }),
     }
-    Ok(Some(bytes))
 }

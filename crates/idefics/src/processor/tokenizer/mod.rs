@@ -21,6 +21,7 @@ use super::{
     error::TokenizerError,
     prompt::{END_OF_UTTERANCE, FAKE_TOKEN_AROUND_IMAGE, IMAGE_TOKEN, SpecialToken, SpecialTokens},
 };
+use crate::files::ModelFiles;
 use files::Loaded;
 
 /// What becomes of special tokens when ids are turned into text.
@@ -36,7 +37,7 @@ pub enum SpecialTokenText {
 /// One more than the largest id of the tokenizer in a directory, which may belong to any model: nothing is expected
 /// of its tokens.
 pub fn id_bound_of(dir: &Path) -> Result<u32, TokenizerError> {
-    Ok(id_bound(&files::load(dir)?.tokenizer))
+    Ok(id_bound(&files::load(&dir.into())?.tokenizer))
 }
 
 fn id_bound(tokenizer: &tokenizers::Tokenizer) -> u32 {
@@ -53,10 +54,10 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Loads the tokenizer of a checkpoint directory. `added_tokens.json`, `tokenizer_config.json` and
+    /// Loads the tokenizer of a model in a directory or in memory. `added_tokens.json`, `tokenizer_config.json` and
     /// `special_tokens_map.json` are heeded where they exist, and have to agree with the vocabulary.
-    pub fn from_dir(dir: &Path) -> Result<Self, TokenizerError> {
-        let Loaded { tokenizer: inner, legacy_llama, names } = files::load(dir)?;
+    pub fn from_pretrained(files: impl Into<ModelFiles>) -> Result<Self, TokenizerError> {
+        let Loaded { tokenizer: inner, legacy_llama, names } = files::load(&files.into())?;
         let find = |text: &str| inner.token_to_id(text).map(|id| SpecialToken { text: text.to_owned(), id });
         let need = |text: &str| find(text).ok_or_else(|| TokenizerError::MissingToken(text.to_owned()));
         let bos = need(names.bos.as_deref().unwrap_or("<s>"))?;

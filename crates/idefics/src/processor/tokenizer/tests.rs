@@ -83,13 +83,13 @@ fn with_json(change: impl FnOnce(&mut Value)) -> TempDir {
 
 #[test]
 fn golden_ids_from_tokenizer_json() {
-    check_golden(&Tokenizer::from_dir(&instruct()).unwrap(), "tokenizer.json");
+    check_golden(&Tokenizer::from_pretrained(&instruct()).unwrap(), "tokenizer.json");
 }
 
 #[test]
 fn golden_ids_from_tokenizer_model() {
     let dir = copy_without(&["tokenizer.json"]);
-    check_golden(&Tokenizer::from_dir(dir.path()).unwrap(), "tokenizer.model");
+    check_golden(&Tokenizer::from_pretrained(dir.path()).unwrap(), "tokenizer.model");
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn the_legacy_form_is_used_whatever_the_file_says() {
             file["normalizer"] = Value::Null;
             file["pre_tokenizer"] = metaspace(scheme);
         });
-        check_golden(&Tokenizer::from_dir(dir.path()).unwrap(), scheme);
+        check_golden(&Tokenizer::from_pretrained(dir.path()).unwrap(), scheme);
     }
     let dir = with_json(|file| {
         for token in file["added_tokens"].as_array_mut().unwrap() {
@@ -113,7 +113,7 @@ fn the_legacy_form_is_used_whatever_the_file_says() {
         file["model"]["dropout"] = json!(0.5);
     });
     check_golden(
-        &Tokenizer::from_dir(dir.path()).unwrap(),
+        &Tokenizer::from_pretrained(dir.path()).unwrap(),
         "normalised special tokens, truncation, padding, dropout",
     );
 }
@@ -124,7 +124,7 @@ fn added_tokens_are_taken_from_the_files_beside() {
         let tokens = file["added_tokens"].as_array_mut().unwrap();
         tokens.retain(|t| t["id"].as_u64().unwrap() < 32000);
     };
-    check_golden(&Tokenizer::from_dir(with_json(without_added).path()).unwrap(), "added_tokens.json");
+    check_golden(&Tokenizer::from_pretrained(with_json(without_added).path()).unwrap(), "added_tokens.json");
 
     let dir = with_json(without_added);
     fs::remove_file(dir.path().join("added_tokens.json")).unwrap();
@@ -132,12 +132,12 @@ fn added_tokens_are_taken_from_the_files_beside() {
     let config = json!({"bos_token": {"content": "<s>"}, "added_tokens_decoder": {
         "32002": entry(END_OF_UTTERANCE), "32001": entry(IMAGE_TOKEN), "32000": entry(FAKE_TOKEN_AROUND_IMAGE)}});
     fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-    check_golden(&Tokenizer::from_dir(dir.path()).unwrap(), "added_tokens_decoder");
+    check_golden(&Tokenizer::from_pretrained(dir.path()).unwrap(), "added_tokens_decoder");
 }
 
 #[test]
 fn special_tokens_are_known() {
-    let tokens = Tokenizer::from_dir(&instruct()).unwrap().special_tokens().clone();
+    let tokens = Tokenizer::from_pretrained(&instruct()).unwrap().special_tokens().clone();
     let found = |token: &SpecialToken| (token.text.clone(), token.id);
     assert_eq!(found(&tokens.bos), ("<s>".to_owned(), 1));
     assert_eq!(found(&tokens.eos), ("</s>".to_owned(), 2));
@@ -146,7 +146,7 @@ fn special_tokens_are_known() {
     assert_eq!(tokens.image.id, 32001);
     assert_eq!(tokens.end_of_utterance.unwrap().id, 32002);
 
-    let base = Tokenizer::from_dir(&idefics_tokenizer_dir(TokenizerKind::Base)).unwrap();
+    let base = Tokenizer::from_pretrained(&idefics_tokenizer_dir(TokenizerKind::Base)).unwrap();
     assert_eq!(base.special_tokens().end_of_utterance, None);
     assert_eq!((base.vocab_size(), base.id_bound()), (32002, 32002));
     assert_eq!(base.token_id("▁User"), Some(4911));
@@ -156,7 +156,7 @@ fn special_tokens_are_known() {
 
 #[test]
 fn wrong_tokenizers_are_refused() {
-    let error = |dir: &Path| Tokenizer::from_dir(dir).unwrap_err().to_string();
+    let error = |dir: &Path| Tokenizer::from_pretrained(dir).unwrap_err().to_string();
     assert_eq!(
         error(&llama_tokenizer_dir()),
         "tokenizer has no token `<fake_token_around_image>`: not a tokenizer of an IDEFICS checkpoint"
@@ -210,7 +210,7 @@ fn decoding_equals_the_reference() {
         (&[29871, 29871, 1, 29871, 31076], "  好", " <s> 好"),
         (&[40000, 4911], "User", "User"),
     ];
-    let tokenizer = Arc::new(Tokenizer::from_dir(&instruct()).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_pretrained(&instruct()).unwrap());
     for (ids, skipped, kept) in cases {
         for (special, expected) in [(SpecialTokenText::Skip, skipped), (SpecialTokenText::Keep, kept)] {
             assert_eq!(tokenizer.decode(ids, special).unwrap(), *expected, "{ids:?}");
@@ -241,7 +241,7 @@ fn check_streams_equal_whole(tokenizer: &Arc<Tokenizer>, ids: impl Fn(&mut rand_
 
 #[test]
 fn a_stream_equals_the_whole() {
-    let tokenizer = Arc::new(Tokenizer::from_dir(&instruct()).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_pretrained(&instruct()).unwrap());
     // Mostly bytes, specials and spaces, where the difficulties are.
     check_streams_equal_whole(&tokenizer, |random| match random.random_range(0..6) {
         0 => random.random_range(0..3),
@@ -253,7 +253,7 @@ fn a_stream_equals_the_whole() {
 
 #[test]
 fn a_stream_gives_words_at_once_and_characters_whole() {
-    let tokenizer = Arc::new(Tokenizer::from_dir(&instruct()).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_pretrained(&instruct()).unwrap());
     let parts = streamed(&tokenizer, SpecialTokenText::Skip, &[1, 4911, 29901, 243, 162, 156, 133, 921]);
     assert_eq!(parts, ["", "User", ":", "", "", "", "", "🙂 x", ""]);
 
@@ -286,7 +286,7 @@ fn byte_level_dir() -> TempDir {
 
 #[test]
 fn other_tokenizers_are_used_as_their_file_says() {
-    let tokenizer = Arc::new(Tokenizer::from_dir(byte_level_dir().path()).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_pretrained(byte_level_dir().path()).unwrap());
     assert!(!tokenizer.is_legacy_llama());
     assert_eq!(tokenizer.encode("<s>ab aé").unwrap(), [0, 4, 5, 2, 6, 7]);
     assert_eq!(tokenizer.special_tokens().pad.id, 1, "without <unk> the end token pads");
@@ -299,7 +299,7 @@ fn other_tokenizers_are_used_as_their_file_says() {
 
 #[test]
 fn single_tokens_are_spelled_and_placed() {
-    let tokenizer = Tokenizer::from_dir(&instruct()).unwrap();
+    let tokenizer = Tokenizer::from_pretrained(&instruct()).unwrap();
     let bytes = |id| String::from_utf8_lossy(&tokenizer.token_bytes(id)).into_owned();
     // Ids of `GOLDEN`: " User", ":", " ", newline, the first byte of an emoji.
     for (id, expected) in [(4911, " User"), (29901, ":"), (29871, " "), (13, "\n"), (1, "<s>"), (99_999, "")]
