@@ -176,11 +176,10 @@ impl Maker {
 }
 
 /// The sets that the stages of training read.
-pub(crate) const PLANS: [Plan; 4] = [
+pub(crate) const PLANS: [Plan; 3] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
     Plan { name: "names", kind: Kind::Naming, samples: 60_000, seed: 2 },
     Plan { name: "joint", kind: Kind::Joint, samples: 60_000, seed: 3 },
-    Plan { name: "finish", kind: Kind::Joint, samples: 20_000, seed: 4 },
 ];
 
 /// Writes all sets.
