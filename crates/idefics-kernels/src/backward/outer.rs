@@ -277,11 +277,11 @@ unsafe fn pack<T: Step>(
     block: Block,
     (a, b): (&mut [Line], &mut [Line]),
 ) {
+    // Packing an element costs about as much as a few products.
+    const COST: usize = 8;
     let Extents { rows, columns, terms } = extents;
     let (a, b) = (SharedMut::new(a).cast::<u32>(), SharedMut::new(b).cast::<u32>());
     let parts = block.steps.div_ceil(PACKED_STEPS);
-    // Packing an element costs about as much as a few products.
-    const COST: usize = 8;
     for_each(parts, COST * block.steps * T::ROWS * columns, |part| {
         let first = part * PACKED_STEPS;
         for step in first..block.steps.min(first + PACKED_STEPS) {
@@ -369,6 +369,7 @@ unsafe fn pack_left<T: Step>(
             for step in (0..block.steps).step_by(LANES) {
                 let term = (block.first + step) * T::ROWS;
                 let count = (terms - term).min(T::Along::STEP);
+                // SAFETY: AVX-512 F.
                 let mut registers = [unsafe { _mm512_setzero_si512() }; LANES];
                 for (row, register) in registers.iter_mut().enumerate().take(height) {
                     let from = left[(first + row) * terms + term..][..count].as_ptr();
