@@ -60,7 +60,7 @@ impl Run {
     }
 
     fn trainer(&self, output: &str, start: Start) -> Result<Trainer, TrainError> {
-        Trainer::new(self.config(output), &fixture("tiny"), start)
+        Trainer::new(self.config(output), fixture("tiny"), start)
     }
 
     fn finish(&self, output: &str, start: Start) -> Summary {
@@ -246,7 +246,7 @@ impl Run {
         config.output = self.output("epochs");
         config.data = self.data();
         (config.run.steps, config.run.epochs) = (None, Some(2.0));
-        Trainer::new(config, &fixture("tiny"), Start::Fresh).unwrap()
+        Trainer::new(config, fixture("tiny"), Start::Fresh).unwrap()
     }
 
     fn data(&self) -> Vec<idefics_train::data::SourceConfig> {

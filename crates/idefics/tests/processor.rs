@@ -187,7 +187,7 @@ fn check_sequences(
 
 #[test]
 fn decoding_equals_the_reference() {
-    let tokenizer = Arc::new(Tokenizer::from_pretrained(&fixture("tiny")).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_pretrained(fixture("tiny")).unwrap());
     let fixtures = fixture_json("prompts.json");
     let decoded = fixtures["decoded"].as_array().unwrap();
     assert!(decoded.len() >= 13, "the fixture is whole");
@@ -207,7 +207,7 @@ fn decoding_equals_the_reference() {
 
 #[test]
 fn llama_cpp_vectors_pass() {
-    let tokenizer = Tokenizer::from_pretrained(&idefics_tokenizer_dir(TokenizerKind::Base)).unwrap();
+    let tokenizer = Tokenizer::from_pretrained(idefics_tokenizer_dir(TokenizerKind::Base)).unwrap();
     let fixtures = fixture_json("llama_tokenizer.json");
     let vectors = fixtures["vectors"].as_array().unwrap();
     assert_eq!(vectors.len(), 46);

@@ -101,7 +101,7 @@ pub(crate) fn compose(
     if variation != Variation::None && rng.random_bool(0.35) {
         add_noise(rng, &mut rgb);
     }
-    let quality = if variation != Variation::None { rng.random_range(30.0..95.0) } else { 92.0 };
+    let quality = if variation == Variation::None { 92.0 } else { rng.random_range(30.0..95.0) };
     Ok(Scene { jpeg: jpeg(&rgb, SCENE_SIDE, quality)?, colors, background })
 }
 
@@ -189,7 +189,7 @@ fn draw(
     } else {
         0.0
     };
-    let stretch: f32 = if variation != Variation::None { rng.random_range(0.88..1.14) } else { 1.0 };
+    let stretch: f32 = if variation == Variation::None { 1.0 } else { rng.random_range(0.88..1.14) };
     let wanted = place.side * SCENE_SIDE as f32;
     // Halved until less than a halving is left: sampling further apart would miss pixels.
     let mut source = thing.clone();

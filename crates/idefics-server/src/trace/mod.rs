@@ -99,7 +99,7 @@ impl AnswerFigures {
 
     pub(crate) fn first_token(&self, after: Duration) {
         self.change(|figures| {
-            figures.first_token = Some(figures.first_token.map_or(after, |it| it.min(after)))
+            figures.first_token = Some(figures.first_token.map_or(after, |it| it.min(after)));
         });
     }
 

@@ -178,7 +178,7 @@ mod tests {
     /// `lora-start` and `adapters/regex` are what PEFT makes of the same configurations.
     #[test]
     fn the_layers_are_those_that_peft_chooses() {
-        let model = read_config(&fixture("tiny")).unwrap();
+        let model = read_config(fixture("tiny")).unwrap();
         for directory in ["training/lora-start", "adapters/regex", "adapters/list"] {
             let pefts = Adapter::open(fixture(directory), &model).unwrap();
             let ours = new_layers(&model, &pefts.config, 0).unwrap();
@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn new_factors_add_nothing_and_follow_from_the_seed() {
-        let model = read_config(&fixture("tiny")).unwrap();
+        let model = read_config(fixture("tiny")).unwrap();
         let lora = lora(names(&["q_proj", "down_proj"]));
         let [first, again, other] = [5, 5, 6].map(|seed| new_layers(&model, &lora, seed).unwrap());
         let a = |layers: &[LoraLayer]| -> Vec<Vec<f32>> {
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        let model = read_config(&fixture("tiny")).unwrap();
+        let model = read_config(fixture("tiny")).unwrap();
         let lora = lora(names(&["v_proj"]));
         let layers = new_layers(&model, &lora, 1).unwrap();
         let norm = Weight::from_f32((0..32).map(|n| n as f32).collect(), [32]);
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_pattern_that_means_nothing_is_refused() {
-        let model = read_config(&fixture("tiny")).unwrap();
+        let model = read_config(fixture("tiny")).unwrap();
         let error = new_layers(&model, &lora(names(&["lm_head"])), 0).unwrap_err();
         assert!(error.to_string().contains(r#"["lm_head"]"#), "{error}");
     }

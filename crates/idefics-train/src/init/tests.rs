@@ -196,7 +196,7 @@ fn another_seed_changes_what_is_new_and_nothing_else() {
 
 #[test]
 fn a_model_from_scratch_follows_its_configuration() {
-    let config = read_config(&fixture("tiny")).unwrap();
+    let config = read_config(fixture("tiny")).unwrap();
     let source = Source::Scratch(Box::new(config.clone()));
     let initializer = Initializer {
         tokenizer: Some(fixture("tiny")),
@@ -281,7 +281,7 @@ fn other_options_that_give_no_model_are_refused() {
         blocks.alpha_initializer = "twos".to_owned();
     }
     check(&bad_gate, "`twos`");
-    let config = IdeficsConfig { vocab_size: 500, ..read_config(&fixture("tiny")).unwrap() };
+    let config = IdeficsConfig { vocab_size: 500, ..read_config(fixture("tiny")).unwrap() };
     let scratch = Initializer {
         tokenizer: Some(fixture("tiny")),
         ..Initializer::new(Source::Scratch(Box::new(config)))

@@ -155,7 +155,7 @@ fn changed(name: &str, change: impl FnOnce(&mut Value), rename: impl Fn(&str) ->
 
 #[test]
 fn adapters_that_compute_something_else_are_refused() {
-    let model = read_config(&fixture("tiny")).unwrap();
+    let model = read_config(fixture("tiny")).unwrap();
     let check = |dir: &TempDir, expected: &str| {
         let error = Adapter::open(dir.path(), &model).expect_err(expected);
         let mut text = error.to_string();
@@ -192,7 +192,7 @@ fn adapters_that_compute_something_else_are_refused() {
 
 #[test]
 fn other_spellings_of_the_same_adapter_load() {
-    let model = read_config(&fixture("tiny")).unwrap();
+    let model = read_config(fixture("tiny")).unwrap();
     let plain = Adapter::open(fixture("adapters/saved"), &model).unwrap();
     let rename = |name: &str| {
         let name = name.replace("lora_A.weight", "lora_A.default.weight");
@@ -206,7 +206,7 @@ fn other_spellings_of_the_same_adapter_load() {
 
 #[test]
 fn a_pickled_adapter_is_named() {
-    let model = read_config(&fixture("tiny")).unwrap();
+    let model = read_config(fixture("tiny")).unwrap();
     let dir = changed("list", |_| (), |name| Some(name.to_owned()));
     fs::rename(dir.path().join(WEIGHTS_FILE), dir.path().join("adapter_model.bin")).unwrap();
     let error = Adapter::open(dir.path(), &model).unwrap_err();

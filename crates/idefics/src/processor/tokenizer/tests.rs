@@ -83,7 +83,7 @@ fn with_json(change: impl FnOnce(&mut Value)) -> TempDir {
 
 #[test]
 fn golden_ids_from_tokenizer_json() {
-    check_golden(&Tokenizer::from_pretrained(&instruct()).unwrap(), "tokenizer.json");
+    check_golden(&Tokenizer::from_pretrained(instruct()).unwrap(), "tokenizer.json");
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn added_tokens_are_taken_from_the_files_beside() {
 
 #[test]
 fn special_tokens_are_known() {
-    let tokens = Tokenizer::from_pretrained(&instruct()).unwrap().special_tokens().clone();
+    let tokens = Tokenizer::from_pretrained(instruct()).unwrap().special_tokens().clone();
     let found = |token: &SpecialToken| (token.text.clone(), token.id);
     assert_eq!(found(&tokens.bos), ("<s>".to_owned(), 1));
     assert_eq!(found(&tokens.eos), ("</s>".to_owned(), 2));
@@ -146,7 +146,7 @@ fn special_tokens_are_known() {
     assert_eq!(tokens.image.id, 32001);
     assert_eq!(tokens.end_of_utterance.unwrap().id, 32002);
 
-    let base = Tokenizer::from_pretrained(&idefics_tokenizer_dir(TokenizerKind::Base)).unwrap();
+    let base = Tokenizer::from_pretrained(idefics_tokenizer_dir(TokenizerKind::Base)).unwrap();
     assert_eq!(base.special_tokens().end_of_utterance, None);
     assert_eq!((base.vocab_size(), base.id_bound()), (32002, 32002));
     assert_eq!(base.token_id("▁User"), Some(4911));
@@ -210,7 +210,7 @@ fn decoding_equals_the_reference() {
         (&[29871, 29871, 1, 29871, 31076], "  好", " <s> 好"),
         (&[40000, 4911], "User", "User"),
     ];
-    let tokenizer = Arc::new(Tokenizer::from_pretrained(&instruct()).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_pretrained(instruct()).unwrap());
     for (ids, skipped, kept) in cases {
         for (special, expected) in [(SpecialTokenText::Skip, skipped), (SpecialTokenText::Keep, kept)] {
             assert_eq!(tokenizer.decode(ids, special).unwrap(), *expected, "{ids:?}");
@@ -241,7 +241,7 @@ fn check_streams_equal_whole(tokenizer: &Arc<Tokenizer>, ids: impl Fn(&mut rand_
 
 #[test]
 fn a_stream_equals_the_whole() {
-    let tokenizer = Arc::new(Tokenizer::from_pretrained(&instruct()).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_pretrained(instruct()).unwrap());
     // Mostly bytes, specials and spaces, where the difficulties are.
     check_streams_equal_whole(&tokenizer, |random| match random.random_range(0..6) {
         0 => random.random_range(0..3),
@@ -253,7 +253,7 @@ fn a_stream_equals_the_whole() {
 
 #[test]
 fn a_stream_gives_words_at_once_and_characters_whole() {
-    let tokenizer = Arc::new(Tokenizer::from_pretrained(&instruct()).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_pretrained(instruct()).unwrap());
     let parts = streamed(&tokenizer, SpecialTokenText::Skip, &[1, 4911, 29901, 243, 162, 156, 133, 921]);
     assert_eq!(parts, ["", "User", ":", "", "", "", "", "🙂 x", ""]);
 
@@ -299,7 +299,7 @@ fn other_tokenizers_are_used_as_their_file_says() {
 
 #[test]
 fn single_tokens_are_spelled_and_placed() {
-    let tokenizer = Tokenizer::from_pretrained(&instruct()).unwrap();
+    let tokenizer = Tokenizer::from_pretrained(instruct()).unwrap();
     let bytes = |id| String::from_utf8_lossy(&tokenizer.token_bytes(id)).into_owned();
     // Ids of `GOLDEN`: " User", ":", " ", newline, the first byte of an emoji.
     for (id, expected) in [(4911, " User"), (29901, ":"), (29871, " "), (13, "\n"), (1, "<s>"), (99_999, "")]
