@@ -16,6 +16,7 @@ mod language;
 mod onnx;
 mod pixels;
 mod render;
+mod round;
 mod sample;
 mod samples;
 mod scene;

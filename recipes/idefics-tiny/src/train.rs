@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{calibrate, steps::Folders};
+use crate::{calibrate, round, steps::Folders};
 
 /// In their order.
 const STAGES: [&str; 4] = ["1-text", "2-names", "3-joint", "4-all"];
@@ -85,12 +85,13 @@ pub(crate) fn quantize(folders: &Folders) -> Result<()> {
     if out.exists() {
         fs::remove_dir_all(&out).with_context(|| format!("removing {}", out.display()))?;
     }
-    let last = format!("runs/{}/model", STAGES[STAGES.len() - 1]);
+    let last = folders.work.join("runs").join(STAGES[STAGES.len() - 1]).join("model");
+    round::round(&last, &folders.work.join("rounded"))?;
     idefics(
         folders,
         &[
             "quantize",
-            &last,
+            "rounded",
             "idefics-tiny",
             "--format",
             "nf4",
