@@ -151,8 +151,8 @@ fn a_single_file_opens_and_is_used_where_it_is_mapped() {
 #[test]
 fn shards_open_like_a_single_file() {
     let model = Model::good();
-    let single = Checkpoint::open(model.write()).unwrap();
-    let sharded = Checkpoint::open(model.write_sharded()).unwrap();
+    let single = Checkpoint::open(model.write().path()).unwrap();
+    let sharded = Checkpoint::open(model.write_sharded().path()).unwrap();
     assert_eq!(sharded.files.len(), 2);
     for ((name, a), (other, b)) in single.weights.iter().zip(sharded.weights.iter()) {
         assert_eq!((name, a.shape(), a.bytes()), (other, b.shape(), b.bytes()));
@@ -164,7 +164,7 @@ fn types_may_be_mixed() {
     let mut model = Model::good();
     model.replace("model.norm.weight", Dtype::BF16, &[16]);
     model.replace("lm_head.weight", Dtype::F16, &[40, 16]);
-    let checkpoint = Checkpoint::open(model.write()).unwrap();
+    let checkpoint = Checkpoint::open(model.write().path()).unwrap();
     assert_eq!(checkpoint.weights.get("model.norm.weight").unwrap().dtype(), DType::Bf16);
     assert_eq!(checkpoint.weights.get("lm_head.weight").unwrap().dtype(), DType::F16);
     assert_eq!(checkpoint.weights.get("model.norm.weight").unwrap().to_f32_vec(), [0.0; 16]);
@@ -174,9 +174,9 @@ fn types_may_be_mixed() {
 fn tied_heads_are_the_embeddings() {
     let mut model = Model::good();
     model.config["tie_word_embeddings"] = true.into();
-    let with_heads = Checkpoint::open(model.write()).unwrap();
+    let with_heads = Checkpoint::open(model.write().path()).unwrap();
     model.remove("lm_head.");
-    let without = Checkpoint::open(model.write()).unwrap();
+    let without = Checkpoint::open(model.write().path()).unwrap();
     for checkpoint in [with_heads, without] {
         for (head, embedding) in [
             ("lm_head.weight", "model.embed_tokens.weight"),

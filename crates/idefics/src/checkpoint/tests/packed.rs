@@ -84,7 +84,7 @@ fn some_layers_may_be_dense() {
     let mut model = Model::of(&fixture("tiny-nf4-plain"));
     model.remove(NAME);
     model.add(NAME, Dtype::BF16, &[128, 64]);
-    let checkpoint = Checkpoint::open(model.write()).unwrap();
+    let checkpoint = Checkpoint::open(model.write().path()).unwrap();
     assert!(checkpoint.weights.get(NAME).is_some() && checkpoint.weights.get_packed(NAME).is_none());
 }
 
