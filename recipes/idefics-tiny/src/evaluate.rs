@@ -332,7 +332,7 @@ mod tests {
     use super::*;
 
     /// Names of the sample that the model has to know, of 64.
-    const FLOOR: usize = 16;
+    const FLOOR: usize = 28;
 
     /// The model that ships, on pictures of a design that it never learnt from.
     #[test]

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{calibrate, round, steps::Folders};
 
 /// In their order.
-const STAGES: [&str; 4] = ["1-text", "2-names", "3-joint", "4-all"];
+const STAGES: [&str; 5] = ["1-text", "2-names", "3-joint", "4-all", "5-practice"];
 
 fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
     let name = format!("idefics{}", std::env::consts::EXE_SUFFIX);

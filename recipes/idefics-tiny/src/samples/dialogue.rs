@@ -19,11 +19,11 @@ use crate::{
 };
 
 /// Opens a turn of the user; the first one has no line before it.
-fn user(sample: &mut Sample, first: bool) -> &mut Sample {
+pub(super) fn user(sample: &mut Sample, first: bool) -> &mut Sample {
     sample.text(if first { "User:" } else { "\nUser:" })
 }
 
-fn answer(sample: &mut Sample, question: &str, answer: &str) {
+pub(super) fn answer(sample: &mut Sample, question: &str, answer: &str) {
     sample.text(format!("{question}{END}\nAssistant:")).answer(format!(" {answer}{END}"));
 }
 

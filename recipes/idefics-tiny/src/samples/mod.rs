@@ -5,6 +5,7 @@
 mod dialogue;
 mod episode;
 mod facts;
+mod practice;
 mod shapes;
 mod single;
 mod words;
@@ -161,6 +162,9 @@ impl Maker {
         if kind == Kind::Naming {
             return dialogue::name(self, rng);
         }
+        if kind == Kind::Practice {
+            return self.practice(rng);
+        }
         match rng.random_range(0..100) {
             0..42 => dialogue::single(self, rng),
             42..52 => single::base(self, rng),
@@ -173,13 +177,30 @@ impl Maker {
             _ => Ok(facts::question(self, rng)),
         }
     }
+
+    /// Every skill again. An episode takes four pictures, so that few of them are many pictures.
+    fn practice(&self, rng: &mut ChaCha8Rng) -> Result<Sample> {
+        match rng.random_range(0..100) {
+            0..58 => practice::practice(self, rng),
+            58..66 => single::base(self, rng),
+            66..70 => dialogue::two_things(self, rng),
+            70..76 => dialogue::several(self, rng),
+            76..79 => dialogue::two_pictures(self, rng),
+            79..87 => episode::episode(self, rng),
+            87..91 => Ok(self.shapes.sample(rng)),
+            91..92 => dialogue::story(self, rng),
+            92..98 => Ok(practice::told(self, rng)),
+            _ => Ok(facts::question(self, rng)),
+        }
+    }
 }
 
 /// The sets that the stages of training read.
-pub(crate) const PLANS: [Plan; 3] = [
+pub(crate) const PLANS: [Plan; 4] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
     Plan { name: "names", kind: Kind::Naming, samples: 60_000, seed: 2 },
     Plan { name: "joint", kind: Kind::Joint, samples: 60_000, seed: 3 },
+    Plan { name: "practice", kind: Kind::Practice, samples: 80_000, seed: 4 },
 ];
 
 /// Writes all sets.
@@ -200,6 +221,8 @@ pub(crate) enum Kind {
     Naming,
     /// Every skill.
     Joint,
+    /// Every skill, most of it questions that only the picture answers.
+    Practice,
 }
 
 /// One set of shards.
