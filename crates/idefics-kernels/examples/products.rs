@@ -21,6 +21,10 @@ use idefics_kernels::{
     q8::{self, Q8},
 };
 
+/// The allocator of the program `idefics`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const USAGE: &str = "products [--rows 1,8,16,32,512] [--formats bf16,q8,nf4] [--shapes NxK,..] [--turns 5] [--compute bf16|f32]";
 
 struct Options {

@@ -25,7 +25,7 @@ use crate::{
     Isa,
     isa::multiversion,
     parallel::for_each_run,
-    simd::{Simd, avx512},
+    simd::{SUMS, Simd, avx512},
 };
 
 /// Elements unpacked at a time: one block of NF4 or Q8.
@@ -228,6 +228,7 @@ unsafe impl<F: Packed> Dot for PackedWidened<F> {
     type WV = [__m512; 4];
     type Sums = __m512;
     const STEP: usize = STEP;
+    const IS_SLOW_TO_LOAD: bool = true;
 
     #[inline(always)]
     unsafe fn zero() -> __m512 {
@@ -274,9 +275,9 @@ unsafe impl<F: Packed> Dot for PackedWidened<F> {
         sums
     }
     #[inline(always)]
-    unsafe fn sum(sums: __m512) -> f32 {
+    unsafe fn sums(sums: [__m512; SUMS]) -> [f32; SUMS] {
         // SAFETY: same contract.
-        unsafe { avx512::Avx512::sum(sums) }
+        unsafe { avx512::Avx512::sum_all(sums) }
     }
 }
 
@@ -288,6 +289,7 @@ unsafe impl<F: Packed> Dot for PackedPairs<F> {
     type WV = [__m512bh; 2];
     type Sums = __m512;
     const STEP: usize = STEP;
+    const IS_SLOW_TO_LOAD: bool = true;
 
     #[inline(always)]
     unsafe fn zero() -> __m512 {
@@ -324,9 +326,9 @@ unsafe impl<F: Packed> Dot for PackedPairs<F> {
         unsafe { avx512::dot_pairs(avx512::dot_pairs(sums, x[0], w[0]), x[1], w[1]) }
     }
     #[inline(always)]
-    unsafe fn sum(sums: __m512) -> f32 {
+    unsafe fn sums(sums: [__m512; SUMS]) -> [f32; SUMS] {
         // SAFETY: same contract.
-        unsafe { avx512::Avx512::sum(sums) }
+        unsafe { avx512::Avx512::sum_all(sums) }
     }
 }
 

@@ -6,7 +6,7 @@ use half::bf16;
 
 use crate::{
     parallel::SharedMut,
-    simd::{Element, Simd},
+    simd::{Element, SUMS, Simd},
 };
 
 /// A dot product along `K`, a vector step at a time.
@@ -27,6 +27,8 @@ pub(crate) unsafe trait Dot {
     type Sums: Copy;
     /// Elements of `K` in one step.
     const STEP: usize;
+    /// Whether a register of weights takes so long to come by that it pays to begin a step early.
+    const IS_SLOW_TO_LOAD: bool = false;
 
     unsafe fn zero() -> Self::Sums;
     unsafe fn load_x(from: *const Self::X) -> Self::XV;
@@ -38,7 +40,8 @@ pub(crate) unsafe trait Dot {
     /// Where element `at` of a weight row lies; `at` may be past the row's end.
     fn address(row: Self::Row, at: usize) -> *const u8;
     unsafe fn step(sums: Self::Sums, x: Self::XV, w: Self::WV) -> Self::Sums;
-    unsafe fn sum(sums: Self::Sums) -> f32;
+    /// What each of the registers holds in all.
+    unsafe fn sums(sums: [Self::Sums; SUMS]) -> [f32; SUMS];
 }
 
 /// Both factors widened to `f32`, products summed by fused multiply-add.
@@ -88,9 +91,9 @@ unsafe impl<S: Simd, X: Element, W: Element> Dot for Widened<S, X, W> {
         unsafe { S::fma(x, w, sums) }
     }
     #[inline(always)]
-    unsafe fn sum(sums: S::V) -> f32 {
+    unsafe fn sums(sums: [S::V; SUMS]) -> [f32; SUMS] {
         // SAFETY: same contract.
-        unsafe { S::sum(sums) }
+        unsafe { S::sum_all(sums) }
     }
 }
 
@@ -143,9 +146,9 @@ unsafe impl Dot for Pairs {
         unsafe { crate::simd::avx512::dot_pairs(sums, x, w) }
     }
     #[inline(always)]
-    unsafe fn sum(sums: Self::Sums) -> f32 {
+    unsafe fn sums(sums: [Self::Sums; SUMS]) -> [f32; SUMS] {
         // SAFETY: same contract.
-        unsafe { crate::simd::avx512::Avx512::sum(sums) }
+        unsafe { crate::simd::avx512::Avx512::sum_all(sums) }
     }
 }
 
@@ -320,6 +323,12 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
     unsafe {
         let mut sums = [[D::zero(); NR]; MR];
         let mut at = 0;
+        let mut wv = [D::load_w_head(w[0], 0, 0); NR];
+        if D::IS_SLOW_TO_LOAD && k >= D::STEP {
+            for j in 0..NR {
+                wv[j] = D::load_w(w[j], 0);
+            }
+        }
         while at + D::STEP <= k {
             // Not a closure: one that is not inlined would compile without the instruction set.
             if let Some(ahead) = ahead {
@@ -327,14 +336,22 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
                     prefetch(D::address(row, at + ahead));
                 }
             }
-            let mut wv = [D::load_w(w[0], at); NR];
-            for j in 1..NR {
-                wv[j] = D::load_w(w[j], at);
-            }
-            for i in 0..MR {
-                let xv = D::load_x(x[i].add(at));
+            if !D::IS_SLOW_TO_LOAD {
                 for j in 0..NR {
-                    sums[i][j] = D::step(sums[i][j], xv, wv[j]);
+                    wv[j] = D::load_w(w[j], at);
+                }
+            }
+            // The last step loads its own weights once more, to stay inside the row.
+            let (current, next) = (wv, (at + D::STEP).min(k - D::STEP));
+            for i in 0..MR.max(NR) {
+                if D::IS_SLOW_TO_LOAD && i < NR {
+                    wv[i] = D::load_w(w[i], next);
+                }
+                if i < MR {
+                    let xv = D::load_x(x[i].add(at));
+                    for j in 0..NR {
+                        sums[i][j] = D::step(sums[i][j], xv, current[j]);
+                    }
                 }
             }
             at += D::STEP;
@@ -348,9 +365,13 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
             }
         }
         let mut out = [[0.0; NR]; MR];
-        for i in 0..MR {
-            for j in 0..NR {
-                out[i][j] = D::sum(sums[i][j]);
+        for first in (0..MR * NR).step_by(SUMS) {
+            let mut group = [D::zero(); SUMS];
+            for (n, sum) in (first..MR * NR).zip(&mut group) {
+                *sum = sums[n / NR][n % NR];
+            }
+            for (n, sum) in (first..MR * NR).zip(D::sums(group)) {
+                out[n / NR][n % NR] = sum;
             }
         }
         out

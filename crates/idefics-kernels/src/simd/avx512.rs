@@ -4,6 +4,8 @@
 
 use std::arch::x86_64::{
     __m256i, __m512, __m512bh, __m512i, __mmask16, __mmask32, _mm256_loadu_si256, _mm256_maskz_loadu_epi16,
+    _mm512_add_ps, _mm512_castpd_ps, _mm512_castps_pd, _mm512_permutexvar_ps, _mm512_setr_epi32,
+    _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_unpackhi_pd, _mm512_unpacklo_pd,
     _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
     _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_epi16,
     _mm512_maskz_loadu_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps,
@@ -12,7 +14,7 @@ use std::arch::x86_64::{
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::{SUMS, Simd};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
@@ -87,6 +89,44 @@ unsafe impl Simd for Avx512 {
     unsafe fn sum(value: Self::V) -> f32 {
         // SAFETY: the trait's contract.
         unsafe { _mm512_reduce_add_ps(value) }
+    }
+    /// By halves as [`sum`](Self::sum) does it, but two registers fold into one at a time: 15 additions for what would
+    /// be 64.
+    #[inline(always)]
+    unsafe fn sum_all(v: [__m512; SUMS]) -> [f32; SUMS] {
+        // SAFETY: the trait's contract; the array has room for a register.
+        unsafe {
+            // Lanes l and l + 8: of each pair, the eight sums of one and then those of the other.
+            let mut halves = [_mm512_setzero_ps(); 8];
+            for i in 0..8 {
+                let (a, b) = (v[2 * i], v[2 * i + 1]);
+                halves[i] =
+                    _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            }
+            // Lanes l and l + 4: a quarter for each of four.
+            let mut quarters = [_mm512_setzero_ps(); 4];
+            for i in 0..4 {
+                let (a, b) = (halves[2 * i], halves[2 * i + 1]);
+                quarters[i] =
+                    _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            }
+            // Lanes l and l + 2, within each quarter: two sums of one of four, two of the one that is four behind.
+            let mut pairs = [_mm512_setzero_ps(); 2];
+            for i in 0..2 {
+                let (a, b) = (_mm512_castps_pd(quarters[2 * i]), _mm512_castps_pd(quarters[2 * i + 1]));
+                pairs[i] = _mm512_add_ps(
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+                );
+            }
+            let [a, b] = pairs;
+            let sums = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
+            // Quarter q holds the sums of q, q + 4, q + 8 and q + 12.
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let mut out = [0.0; SUMS];
+            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_permutexvar_ps(order, sums));
+            out
+        }
     }
 }
 

@@ -37,7 +37,21 @@ pub(crate) unsafe trait Simd: Copy {
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Sum of all lanes, in a fixed order.
     unsafe fn sum(value: Self::V) -> f32;
+    /// The same of many registers, each with the bits that it has alone.
+    #[inline(always)]
+    unsafe fn sum_all(values: [Self::V; SUMS]) -> [f32; SUMS] {
+        let mut out = [0.0; SUMS];
+        // Not `map`: a closure that is not inlined would compile without the instruction set.
+        for (out, value) in out.iter_mut().zip(values) {
+            // SAFETY: same contract.
+            *out = unsafe { Self::sum(value) };
+        }
+        out
+    }
 }
+
+/// Registers that [`Simd::sum_all`] takes.
+pub(crate) const SUMS: usize = 16;
 
 /// An element type that a vector register can be filled from.
 ///
