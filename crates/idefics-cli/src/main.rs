@@ -2,7 +2,6 @@
 
 mod cancel;
 mod commands;
-mod continuation;
 mod counter;
 mod images;
 mod lines;

@@ -1,7 +1,8 @@
 //! The figures of the model card, on pictures that were never learnt from.
 //!
 //! Every task is a list of prompts with the answers that count as right; all are asked greedily, in batches. An
-//! answer is compared without its article, and up to its first full stop or comma.
+//! answer is compared without its article, and up to its first full stop or comma. Where a prompt has answers to choose
+//! from, a second figure takes the one that the model finds likeliest, as `idefics classify` does.
 
 use std::{path::Path, sync::Arc};
 
@@ -9,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use idefics::{
     Idefics, LoadOptions, Processor, Prompt, Segment,
-    generate::GenerationConfig,
+    generate::{GenerationConfig, ScoreOptions, score_continuations},
     processor::{AddEndOfUtterance, ImageSource, ProcessOptions},
 };
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
@@ -20,7 +21,7 @@ use crate::{
     color::COLORS,
     concepts::with_article,
     sample,
-    samples::{END, Maker, NUMBERS, Question, invented_name, question},
+    samples::{END, Maker, NUMBERS, Question, choice, invented_name, question, sentence},
     scene::{Place, Scene, Variation, compose},
     steps::Folders,
     things::{Part, Thing},
@@ -59,14 +60,25 @@ pub(crate) enum Task {
 pub(crate) struct Item {
     pub(crate) prompt: Prompt,
     pub(crate) right: String,
-    /// What the prompt leaves to choose from; the answer is free all the same.
+    /// The answers to choose from, as they would follow the prompt; none where there is no choice.
     pub(crate) options: Vec<String>,
+}
+
+/// How the answer is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Answer {
+    /// What the model writes
+    Free,
+    /// The likeliest of the options
+    Ranked,
 }
 
 /// A figure with its 95 % interval, after Wilson.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Figure {
     pub(crate) task: Task,
+    pub(crate) answer: Answer,
     pub(crate) right: usize,
     pub(crate) of: usize,
     pub(crate) percent: f64,
@@ -75,7 +87,7 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
-    fn new(task: Task, right: usize, of: usize) -> Self {
+    fn new(task: Task, answer: Answer, right: usize, of: usize) -> Self {
         const Z: f64 = 1.96;
         let n = of.max(1) as f64;
         let share = right as f64 / n;
@@ -85,6 +97,7 @@ impl Figure {
         let percent = |share: f64| (share * 1000.0).round() / 10.0;
         Self {
             task,
+            answer,
             right,
             of,
             percent: percent(share),
@@ -133,13 +146,20 @@ pub(crate) fn evaluate(folders: &Folders, options: &Options) -> Result<()> {
     let tasks = if options.tasks.is_empty() { Task::value_variants() } else { &options.tasks };
     for task in tasks {
         let items = spread(items(folders, *task)?, options.limit);
-        let figure = judge.measure(*task, &items, options.show)?;
-        #[expect(clippy::print_stdout, reason = "the result of the command")]
-        {
-            println!("{}", serde_json::to_string(&figure)?);
-        }
-        if let Some(floor) = options.floor {
-            anyhow::ensure!(figure.percent >= floor, "{task:?}: {} %, below {floor} %", figure.percent);
+        let ranked = items.iter().all(|item| !item.options.is_empty()).then_some(Answer::Ranked);
+        for answer in [Answer::Free].into_iter().chain(ranked) {
+            let figure = judge.measure(*task, answer, &items, options.show)?;
+            #[expect(clippy::print_stdout, reason = "the result of the command")]
+            {
+                println!("{}", serde_json::to_string(&figure)?);
+            }
+            if let Some(floor) = options.floor {
+                anyhow::ensure!(
+                    figure.percent >= floor,
+                    "{task:?}, {answer:?}: {} %, below {floor} %",
+                    figure.percent
+                );
+            }
         }
     }
     Ok(())
@@ -171,11 +191,15 @@ impl Judge {
         Ok(Self { model, processor, generation })
     }
 
-    fn measure(&self, task: Task, items: &[Item], show: usize) -> Result<Figure> {
+    fn measure(&self, task: Task, answer: Answer, items: &[Item], show: usize) -> Result<Figure> {
         let mut right = 0;
         let mut shown = 0;
         for batch in items.chunks(BATCH) {
-            for (item, given) in batch.iter().zip(self.answers(batch)?) {
+            let answers = match answer {
+                Answer::Free => self.answers(batch)?,
+                Answer::Ranked => batch.iter().map(|item| self.likeliest(item)).collect::<Result<_>>()?,
+            };
+            for (item, given) in batch.iter().zip(answers) {
                 if normalise(&given) == normalise(&item.right) {
                     right += 1;
                 } else if shown < show {
@@ -184,33 +208,50 @@ impl Judge {
                 }
             }
         }
-        Ok(Figure::new(task, right, items.len()))
+        Ok(Figure::new(task, answer, right, items.len()))
     }
 
     fn answers(&self, batch: &[Item]) -> Result<Vec<String>> {
         let prompts: Vec<Prompt> = batch.iter().map(|item| item.prompt.clone()).collect();
-        let process =
-            ProcessOptions { add_end_of_utterance: AddEndOfUtterance::Never, ..ProcessOptions::default() };
-        let inputs = self.processor.process(&prompts, &process)?;
+        let inputs = self.processor.process(&prompts, &process_options())?;
         let generated = self.model.generate_text(&self.processor, &inputs, &self.generation)?;
         let text = |index: usize| generated[index].sequences[0].text.clone().unwrap_or_default();
-        Ok((0..batch.len()).map(|index| pick(&batch[index].options, &text(index))).collect())
+        Ok((0..batch.len()).map(text).collect())
+    }
+
+    /// The option of the highest log-probability.
+    fn likeliest(&self, item: &Item) -> Result<String> {
+        let joined = self.processor.continuations(&item.prompt, &item.options, &process_options())?;
+        let scored =
+            score_continuations(&self.model, &joined.inputs, &joined.token_ids, &ScoreOptions::default())?;
+        let best = item.options.iter().zip(&scored).max_by(|(_, a), (_, b)| a.sum().total_cmp(&b.sum()));
+        Ok(best.context("a question without options")?.0.clone())
     }
 }
 
-/// Of answers to choose from, the one that was given; the text itself if there is no choice or it is none of them.
-fn pick(options: &[String], text: &str) -> String {
-    let given = normalise(text);
-    options.iter().find(|option| normalise(option) == given).cloned().unwrap_or_else(|| text.to_owned())
+/// The prompts have their ends of utterance already.
+fn process_options() -> ProcessOptions {
+    ProcessOptions { add_end_of_utterance: AddEndOfUtterance::Never, ..ProcessOptions::default() }
 }
 
-/// What of an answer is compared.
+/// What of an answer is compared: its verdict where it has one, and otherwise its first words.
 fn normalise(text: &str) -> String {
     let text = text.trim().to_lowercase();
+    if let Some(verdict) = verdict(&text) {
+        return verdict.to_owned();
+    }
     let end = text.find(['.', ',', '\n', '<']).unwrap_or(text.len());
     let text = text[..end].trim();
     let text = ["a ", "an ", "the "].iter().find_map(|article| text.strip_prefix(article)).unwrap_or(text);
     text.to_owned()
+}
+
+/// The yes or no that a sentence begins or ends with: "No, it is a dog.", "It is a dog, so no."
+fn verdict(text: &str) -> Option<&str> {
+    let sentence = text.split(['.', '\n', '<']).next()?;
+    let first = sentence.split(',').next().map(str::trim);
+    let last = sentence.rsplit_once(", so ").map(|(_, verdict)| verdict.trim());
+    [first, last].into_iter().flatten().find(|words| ["yes", "no"].contains(words))
 }
 
 /// All prompts of a task. They follow from fixed seeds.
@@ -244,12 +285,16 @@ fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
             Task::Color => scene.colors[0].map(|color| item(&scene, "What color is it?", COLORS[color].0)),
             Task::Count => Some(count(rng, thing)?),
             Task::YesNo => ask(rng, Question::YesNo).map(|(asked, told)| item(&scene, &asked, &told)),
-            Task::Choice => ask(rng, Question::Choice).map(|(asked, told)| item(&scene, &asked, &told)),
-            Task::Replaced | Task::ReplacedYesNo => {
-                let kind = if task == Task::Replaced { Question::Choice } else { Question::YesNo };
+            Task::Choice => Some(which(&maker, rng, thing, &scene)),
+            Task::Replaced => {
                 let other = maker.other(rng, &[thing]);
                 let shown = Maker::alone(rng, other, Variation::None)?;
-                ask(rng, kind).map(|(asked, told)| item(&shown, &asked, &told))
+                Some(which(&maker, rng, thing, &shown))
+            }
+            Task::ReplacedYesNo => {
+                let other = maker.other(rng, &[thing]);
+                let shown = Maker::alone(rng, other, Variation::None)?;
+                ask(rng, Question::YesNo).map(|(asked, told)| item(&shown, &asked, &told))
             }
             Task::SecondTurn => Some(second_turn(&scene, &thing.name)),
             Task::EasyVqa | Task::Invented => None,
@@ -260,6 +305,13 @@ fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
 
 fn item(scene: &Scene, question: &str, right: &str) -> Item {
     Item { prompt: dialogue(&scene.jpeg, question), right: right.to_owned(), options: Vec::new() }
+}
+
+/// Which of four it is.
+fn which(maker: &Maker, rng: &mut ChaCha8Rng, thing: &Thing, scene: &Scene) -> Item {
+    let (asked, options) = choice(maker, rng, thing);
+    let options = options.iter().map(|option| format!(" {}", sentence(&option.name))).collect();
+    Item { options, ..item(scene, &asked, &thing.name) }
 }
 
 fn count(rng: &mut ChaCha8Rng, thing: &Thing) -> Result<Item> {
@@ -322,7 +374,8 @@ fn invented(folders: &Folders) -> Result<Vec<Item>> {
         }
         prompt.pop();
         prompt.push(Segment::text("This is"));
-        items.push(Item { prompt, right: names[asked].clone(), options: names.to_vec() });
+        let options = names.iter().map(|name| format!(" {}.", with_article(name))).collect();
+        items.push(Item { prompt, right: names[asked].clone(), options });
     }
     Ok(items)
 }
@@ -341,7 +394,7 @@ mod tests {
         let judge = Judge::open(&root.join("models/idefics-tiny")).unwrap();
         let mut items = sample::read(&root.join("fixtures/naming")).unwrap();
         assert_eq!(items.len(), 64);
-        let names = judge.measure(Task::Name, &items, 0).unwrap();
+        let names = judge.measure(Task::Name, Answer::Free, &items, 0).unwrap();
         eprintln!("{} of {} names are right ({} to {} %)", names.right, names.of, names.low, names.high);
         assert!(names.right >= FLOOR, "{} of {} names are right, below {FLOOR}", names.right, names.of);
 
@@ -351,7 +404,7 @@ mod tests {
         for (item, picture) in items.iter_mut().zip(pictures) {
             item.prompt[1] = picture;
         }
-        let replaced = judge.measure(Task::Name, &items, 0).unwrap();
+        let replaced = judge.measure(Task::Name, Answer::Free, &items, 0).unwrap();
         eprintln!("{} of {} about other pictures", replaced.right, replaced.of);
         assert!(
             replaced.right * 4 < names.right,
@@ -378,6 +431,10 @@ mod tests {
         let check = |text: &str, expected: &str| assert_eq!(normalise(text), expected);
         check(" A red apple.", "red apple");
         check("No, it is a dog.", "no");
+        check("It is a dog, so no.", "no");
+        check(" It is a dog, so yes.<end_of_utterance>", "yes");
+        check("Yes.", "yes");
+        check("No entry.", "no entry");
         check(" An ant\nUser:", "ant");
         check("Antenna.", "antenna");
     }
@@ -385,9 +442,9 @@ mod tests {
     #[test]
     fn intervals_are_those_of_wilson() {
         // Newcombe 1998, table I: 81 of 263.
-        let figure = Figure::new(Task::Name, 81, 263);
+        let figure = Figure::new(Task::Name, Answer::Free, 81, 263);
         assert_eq!((figure.low, figure.high), (25.5, 36.6));
-        let none = Figure::new(Task::Name, 0, 20);
+        let none = Figure::new(Task::Name, Answer::Free, 0, 20);
         assert_eq!((none.low, none.high), (0.0, 16.1));
     }
 }

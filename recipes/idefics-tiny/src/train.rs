@@ -7,11 +7,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use idefics::{adapter::Merger, checkpoint::DType};
 
-use crate::{calibrate, round, steps::Folders};
+use crate::{calibrate, steps::Folders};
 
 /// In their order.
-const STAGES: [&str; 5] = ["1-text", "2-names", "3-joint", "4-all", "5-practice"];
+const STAGES: [&str; 6] = ["1-text", "2-names", "3-joint", "4-all", "5-practice", "6-contrast"];
 
 fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
     let name = format!("idefics{}", std::env::consts::EXE_SUFFIX);
@@ -86,7 +87,11 @@ pub(crate) fn quantize(folders: &Folders) -> Result<()> {
         fs::remove_dir_all(&out).with_context(|| format!("removing {}", out.display()))?;
     }
     let last = folders.work.join("runs").join(STAGES[STAGES.len() - 1]).join("model");
-    round::round(&last, &folders.work.join("rounded"))?;
+    // Training keeps frozen weights as they came, in f32, beside trained ones in bf16. transformers cannot compute with
+    // such a mixture once the matrices are packed, so that all of them get one type first.
+    let rounded = folders.make("rounded")?;
+    fs::remove_dir_all(&rounded).with_context(|| format!("removing {}", rounded.display()))?;
+    Merger::open(last.as_path(), &[])?.with_dtype(DType::Bf16).write(&rounded, &mut |_| ())?;
     idefics(
         folders,
         &[

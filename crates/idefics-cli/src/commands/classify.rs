@@ -11,7 +11,6 @@ use idefics::{
 use serde_json::json;
 
 use crate::{
-    continuation::continuations,
     images::{self, Record, RecordArgs},
     model::{Loaded, ModelArgs},
     prompts::image_source,
@@ -96,7 +95,7 @@ fn read_labels(argument: &str) -> anyhow::Result<Vec<String>> {
 fn score_labels(loaded: &Loaded, form: Form, labels: &[String], image: &str) -> anyhow::Result<Vec<Scored>> {
     let prompt = Task::Classify { labels }.prompt(form, image_source(image));
     let texts: Vec<String> = labels.iter().map(|label| format!(" {label}")).collect();
-    let joined = continuations(&loaded.processor, &loaded.options, &prompt, &texts)?;
+    let joined = loaded.processor.continuations(&prompt, &texts, &loaded.options)?;
     Ok(score_continuations(&*loaded.model, &joined.inputs, &joined.token_ids, &ScoreOptions::default())?)
 }
 

@@ -12,7 +12,6 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     cancel,
-    continuation::continuations,
     lines::Lines,
     model::{Loaded, ModelArgs},
     prompts::{JsonPrompt, json_lines},
@@ -137,7 +136,7 @@ fn prepare(loaded: &Loaded, line: Line) -> anyhow::Result<(Map<String, Value>, S
         }
         Parts::Continued(TextOrIds::Text(prompt), TextOrIds::Text(text)) => {
             let prompt = Prompt::from(prompt);
-            let mut joined = continuations(&loaded.processor, &loaded.options, &prompt, &[text])?;
+            let mut joined = loaded.processor.continuations(&prompt, &[text], &loaded.options)?;
             ScoreRequest { inputs: joined.inputs, continuation: joined.token_ids.pop() }
         }
         Parts::Continued(prompt, TextOrIds::Text(text)) => {

@@ -23,6 +23,15 @@ fn panel_rows(k: usize) -> usize {
     ((256 << 10) / k / TILES).clamp(1, 6) * TILES
 }
 
+/// Rows of activations up to which packed weights are unpacked on their way into the products; for more, the
+/// unpacking is worth doing once.
+#[cfg(target_arch = "x86_64")]
+const FUSED_ROWS: usize = 40;
+
+/// Rows of activations from which transposing pays, by measurement: about where arithmetic, not memory, is what a
+/// product waits for.
+pub(super) const BROADCAST_ROWS: usize = 24;
+
 /// What all panels of one product share.
 pub(super) struct Job<'a> {
     pub(super) isa: Isa,
@@ -31,6 +40,8 @@ pub(super) struct Job<'a> {
     pub(super) n: usize,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) out: SharedMut<f32>,
+    /// Rows of activations from which they are transposed to be broadcast, on processors that do.
+    pub(super) broadcast_from: usize,
 }
 
 /// Activations in the form that the kernel of their product takes.
@@ -103,11 +114,13 @@ impl Job<'_> {
         if k.is_multiple_of(packed::STEP) && self.isa.tier() >= Tier::Avx512 {
             let x = packed::evens_then_odds(self.isa, x);
             let blocks = k / packed::STEP;
-            return self.packed::<packed::Nf4Format, _>(compute, &x, |first, rows| packed::Nf4Rows {
-                codes: &weight.codes[first * k / 2..(first + rows) * k / 2],
-                scales: weight.scales.range(first * blocks, rows * blocks),
-                map: weight.map,
-                k,
+            return self.fusing(compute).packed::<packed::Nf4Format, _>(compute, &x, |first, rows| {
+                packed::Nf4Rows {
+                    codes: &weight.codes[first * k / 2..(first + rows) * k / 2],
+                    scales: weight.scales.range(first * blocks, rows * blocks),
+                    map: weight.map,
+                    k,
+                }
             });
         }
         self.unpacked(compute, x, |first, out| weight.read(first * k, out));
@@ -118,10 +131,12 @@ impl Job<'_> {
         #[cfg(target_arch = "x86_64")]
         if k.is_multiple_of(packed::STEP) && self.isa.tier() >= Tier::Avx512 {
             let blocks = k / packed::STEP;
-            return self.packed::<packed::Q8Format, _>(compute, x, |first, rows| packed::Q8Rows {
-                codes: &weight.codes[first * k..(first + rows) * k],
-                scales: &weight.scales[first * blocks..(first + rows) * blocks],
-                k,
+            return self.fusing(compute).packed::<packed::Q8Format, _>(compute, x, |first, rows| {
+                packed::Q8Rows {
+                    codes: &weight.codes[first * k..(first + rows) * k],
+                    scales: &weight.scales[first * blocks..(first + rows) * blocks],
+                    k,
+                }
             });
         }
         self.unpacked(compute, x, |first, out| {
@@ -153,6 +168,13 @@ impl Job<'_> {
         }
     }
 
+    /// The same product, with as many rows kept as they are as are to meet weights that are unpacked on their way.
+    #[cfg(target_arch = "x86_64")]
+    fn fusing(&self, compute: Compute) -> Self {
+        let can = compute == Compute::F32 || self.isa.tier() == Tier::Avx512Bf16;
+        Self { broadcast_from: if can { FUSED_ROWS + 1 } else { self.broadcast_from }, ..*self }
+    }
+
     /// Packed weights on AVX-512. `rows_of(first row, number of rows)` lends a panel.
     #[cfg(target_arch = "x86_64")]
     fn packed<F, R>(&self, compute: Compute, x: &[f32], rows_of: impl Fn(usize, usize) -> R + Sync + Send)
@@ -160,9 +182,6 @@ impl Job<'_> {
         F: packed::Packed,
         R: WeightRows<Row = F::Row>,
     {
-        /// Rows of activations up to which weights are unpacked on their way into the products; for more, the
-        /// unpacking is worth doing once.
-        const FUSED_ROWS: usize = 16;
         let has_pairs = self.isa.tier() == Tier::Avx512Bf16;
         let is_fused = self.m <= FUSED_ROWS;
         match compute {
@@ -209,7 +228,7 @@ impl Job<'_> {
     /// Whether there are enough rows to transpose for.
     fn is_broadcast(&self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self.isa.tier() >= Tier::Avx512 && self.m >= broadcast::FEWEST_ROWS;
+        return self.isa.tier() >= Tier::Avx512 && self.m >= self.broadcast_from;
         #[cfg(not(target_arch = "x86_64"))]
         false
     }

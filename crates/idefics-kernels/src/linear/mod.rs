@@ -26,7 +26,7 @@ use crate::{
     parallel::{SharedMut, filled, for_each_run},
     q8::Q8,
 };
-use job::Job;
+use job::{BROADCAST_ROWS, Job};
 
 /// A borrowed row-major weight `[N, K]`.
 #[derive(Debug, Clone, Copy)]
@@ -134,7 +134,8 @@ fn multiply(
     }
     let rows = rows_at_once(m, k);
     for (part, x) in x.chunks(rows * k).enumerate() {
-        let job = Job { isa, k, m: x.len() / k, n, bias, out: out.behind(part * rows * n) };
+        let (m, out) = (x.len() / k, out.behind(part * rows * n));
+        let job = Job { isa, k, m, n, bias, out, broadcast_from: BROADCAST_ROWS };
         match (compute, weight) {
             (Compute::F32, Matrix::F32(weight)) => job.widened(x, weight),
             (Compute::F32, Matrix::F16(weight)) => job.widened(x, weight),

@@ -5,6 +5,7 @@
 //! `token ids -> image index [T]`. No padding: [`Processor::process`] treats each prompt as if it were alone.
 //! [`Processor::process_padded`] gives the same as the reference's padded tensors.
 
+mod continuation;
 pub mod decode;
 pub mod error;
 pub mod fetch;
@@ -19,6 +20,7 @@ mod types;
 
 use std::sync::Arc;
 
+pub use continuation::Continuations;
 pub use decode::{ExifOrientation, ImageLimits, RgbImage};
 pub use error::{FetchError, ImageError, ProcessorError, TokenizerError};
 pub use fetch::FetchPolicy;

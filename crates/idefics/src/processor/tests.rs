@@ -302,3 +302,28 @@ fn a_directory_without_its_files_is_an_error_that_names_them() {
     let error = Processor::from_pretrained(dir.path()).unwrap_err().to_string();
     assert!(error.contains("preprocessor_config.json"), "{error}");
 }
+
+#[test]
+fn continuations_are_tokenized_with_their_prompt() {
+    let prompt = vec![text("User:"), picture(10), text("What is this?\nAssistant:")];
+    let texts = [" A dog.".to_owned(), " A tractor.".to_owned(), "A".to_owned()];
+    let joined = BASE.continuations(&prompt, &texts, &options()).unwrap();
+    let whole = BASE.prompt_text(&prompt, &options()).unwrap();
+    for (text, ids) in texts.iter().zip(&joined.token_ids) {
+        let together = [&joined.inputs.token_ids[..], ids].concat();
+        assert_eq!(together, BASE.tokenize(&format!("{whole}{text}")).unwrap(), "{text:?}");
+    }
+    assert_eq!(joined.inputs.token_ids.len(), joined.inputs.image_index.len());
+    assert_eq!(joined.inputs.images.len(), 1);
+}
+
+#[test]
+fn a_prompt_gives_away_the_tokens_that_a_continuation_joins() {
+    // "apple" is one token, so that the prompt cannot keep its "app".
+    let prompt = vec![text("The app")];
+    let joined = BASE.continuations(&prompt, &["le".to_owned()], &options()).unwrap();
+    let alone = BASE.process(&[prompt], &options()).unwrap().remove(0);
+    assert!(joined.inputs.token_ids.len() < alone.token_ids.len());
+    let together = [&joined.inputs.token_ids[..], &joined.token_ids[0]].concat();
+    assert_eq!(together, BASE.tokenize("<s>The apple").unwrap());
+}

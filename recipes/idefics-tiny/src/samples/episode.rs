@@ -9,9 +9,10 @@ use rand::{
 use rand_chacha::ChaCha8Rng;
 
 use super::{
-    END, Maker, Sample,
+    END, Maker, Sample, contrast,
+    dialogue::{answer, user},
     single::variation,
-    words::{capital, pick},
+    words::{capital, pick, sentence},
 };
 use crate::{concepts::with_article, things::Thing};
 
@@ -81,6 +82,60 @@ pub(super) fn episode(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
             sample.text(format!(" {name}{}", form.end));
         } else {
             sample.answer(format!(" {name}{}", form.end));
+        }
+    }
+    Ok(sample)
+}
+
+/// Invented names bound to pictures, in both directions: the picture's name is asked for, and what a name's picture
+/// shows. The second tells more by an answer, and cannot be found without the picture that the name stands behind.
+pub(super) fn binding(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
+    let form = if rng.random_bool(0.5) { &FORMS[0] } else { FORMS.choose(rng).unwrap_or(&FORMS[0]) };
+    let candidates = if rng.random_bool(0.8) { 2 } else { 3 };
+    let mut things: Vec<&Thing> = vec![maker.any(rng)];
+    while things.len() < candidates {
+        things.push(maker.other(rng, &things));
+    }
+    let mut names: Vec<String> = Vec::new();
+    while names.len() < candidates {
+        let name = invented_name(rng);
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    let mut order: Vec<usize> = (0..candidates).collect();
+    order.shuffle(rng);
+    order.extend((0..rng.random_range(1..=4)).map(|_| rng.random_range(0..candidates)));
+    let mut shown: Vec<Vec<Vec<u8>>> = vec![Vec::new(); candidates];
+    let mut sample = Sample::default();
+    for (position, &candidate) in order.iter().enumerate() {
+        // The same picture again is the easiest to recognise, and where recognising starts.
+        let again = shown[candidate].choose(rng).filter(|_| rng.random_bool(0.25)).cloned();
+        let jpeg = match again {
+            Some(jpeg) => jpeg,
+            None => contrast::scene(rng, things[candidate])?.jpeg,
+        };
+        shown[candidate].push(jpeg.clone());
+        let name = format!("a {}", names[candidate]);
+        let name = if matches!(form.after, "This is" | "Caption:") { name } else { capital(&name) };
+        sample.text(form.before).picture(jpeg).text(form.after);
+        let told = format!(" {name}{}", form.end);
+        if position < candidates {
+            sample.text(told);
+        } else {
+            sample.answer(told);
+        }
+    }
+    let mut asked: Vec<usize> = (0..candidates).collect();
+    asked.shuffle(rng);
+    asked.truncate(rng.random_range(0..=2));
+    for candidate in asked {
+        let (name, told) = (&names[candidate], sentence(&things[candidate].name));
+        if form.before == "User:" {
+            user(&mut sample, true);
+            answer(&mut sample, &format!(" What is a {name}?"), &told);
+        } else {
+            sample.text(format!("Question: What is a {name}? Answer:")).answer(format!(" {told}\n"));
         }
     }
     Ok(sample)

@@ -2,6 +2,7 @@
 //!
 //! Each sample follows from the seed and its number alone, so shards can be written in any order and again.
 
+mod contrast;
 mod dialogue;
 mod episode;
 mod facts;
@@ -32,8 +33,8 @@ use shapes::Shapes;
 
 pub(crate) use episode::invented_name;
 pub(crate) use shapes::Shape;
-pub(crate) use single::{Question, question};
-pub(crate) use words::NUMBERS;
+pub(crate) use single::{Question, choice, question};
+pub(crate) use words::{NUMBERS, sentence};
 
 /// What ends a turn of a dialogue.
 pub(crate) const END: &str = "<end_of_utterance>";
@@ -165,6 +166,9 @@ impl Maker {
         if kind == Kind::Practice {
             return self.practice(rng);
         }
+        if kind == Kind::Contrast {
+            return self.contrast(rng);
+        }
         match rng.random_range(0..100) {
             0..42 => dialogue::single(self, rng),
             42..52 => single::base(self, rng),
@@ -193,14 +197,33 @@ impl Maker {
             _ => Ok(facts::question(self, rng)),
         }
     }
+
+    /// Every skill once more.
+    fn contrast(&self, rng: &mut ChaCha8Rng) -> Result<Sample> {
+        match rng.random_range(0..100) {
+            0..72 => contrast::contrast(self, rng),
+            72..77 => single::base(self, rng),
+            77..79 => dialogue::two_things(self, rng),
+            79..82 => dialogue::several(self, rng),
+            82..83 => dialogue::two_pictures(self, rng),
+            83..91 => episode::binding(self, rng),
+            91..92 => episode::episode(self, rng),
+            92..94 => Ok(self.shapes.sample(rng)),
+            94..96 => contrast::told_and_shown(self, rng),
+            96..98 => Ok(practice::told(self, rng)),
+            98..99 => dialogue::story(self, rng),
+            _ => Ok(facts::question(self, rng)),
+        }
+    }
 }
 
 /// The sets that the stages of training read.
-pub(crate) const PLANS: [Plan; 4] = [
+pub(crate) const PLANS: [Plan; 5] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
     Plan { name: "names", kind: Kind::Naming, samples: 60_000, seed: 2 },
     Plan { name: "joint", kind: Kind::Joint, samples: 60_000, seed: 3 },
     Plan { name: "practice", kind: Kind::Practice, samples: 80_000, seed: 4 },
+    Plan { name: "contrast", kind: Kind::Contrast, samples: 30_000, seed: 6 },
 ];
 
 /// Writes all sets.
@@ -223,6 +246,8 @@ pub(crate) enum Kind {
     Joint,
     /// Every skill, most of it questions that only the picture answers.
     Practice,
+    /// Every skill, most of it telling one thing from others, in many hands.
+    Contrast,
 }
 
 /// One set of shards.

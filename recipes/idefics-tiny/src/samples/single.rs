@@ -81,21 +81,7 @@ pub(crate) fn question(
             };
             (wording, if truth { "Yes.".to_owned() } else { format!("No, it is {}.", with_article(name)) })
         }
-        Question::Choice => {
-            let mut options = vec![thing];
-            while options.len() < 4 {
-                options.push(maker.other(rng, &options));
-            }
-            options.shuffle(rng);
-            let names: Vec<_> = options.iter().map(|option| with_article(&option.name)).collect();
-            let wording = match rng.random_range(0..2) {
-                0 => {
-                    format!("Which of these is it: {}, {}, {} or {}?", names[0], names[1], names[2], names[3])
-                }
-                _ => format!("Is it {}, {}, {} or {}?", names[0], names[1], names[2], names[3]),
-            };
-            (wording, sentence(name))
-        }
+        Question::Choice => (choice(maker, rng, thing).0, sentence(name)),
         Question::Kind => {
             let kind = thing.kind?;
             (pick(rng, &["What kind of thing is it?", "What category is it?"]).to_owned(), sentence(kind))
@@ -109,6 +95,42 @@ pub(crate) fn question(
             capital(&format!("{}.", scene.background)),
         ),
     })
+}
+
+/// Which of four it is, and the four.
+pub(crate) fn choice<'a>(
+    maker: &'a Maker,
+    rng: &mut ChaCha8Rng,
+    thing: &'a Thing,
+) -> (String, Vec<&'a Thing>) {
+    let options = options(maker, rng, thing, 4);
+    let wording = if rng.random_range(0..2) == 0 { "Which of these is it:" } else { "Is it" };
+    (format!("{wording} {}?", listed(&options)), options)
+}
+
+/// The thing among others, in any order.
+pub(super) fn options<'a>(
+    maker: &'a Maker,
+    rng: &mut ChaCha8Rng,
+    thing: &'a Thing,
+    count: usize,
+) -> Vec<&'a Thing> {
+    let mut options = vec![thing];
+    while options.len() < count {
+        options.push(maker.other(rng, &options));
+    }
+    options.shuffle(rng);
+    options
+}
+
+/// "a dog, a cat or scissors".
+pub(super) fn listed(options: &[&Thing]) -> String {
+    let names: Vec<String> = options.iter().map(|option| with_article(&option.name)).collect();
+    match names.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, first)) => format!("{} or {last}", first.join(", ")),
+        None => String::new(),
+    }
 }
 
 /// Half plain, half not: a model must know a thing as files show it, and as anything else does.
@@ -134,11 +156,7 @@ pub(super) fn base(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
             sample.text("Image:").picture(scene.jpeg).text("Caption:").answer(format!(" {name}.\n"));
         }
         3 => {
-            let mut options = vec![thing];
-            while options.len() < 4 {
-                options.push(maker.other(rng, &options));
-            }
-            options.shuffle(rng);
+            let options = options(maker, rng, thing, 4);
             let names: Vec<_> = options.iter().map(|option| option.name.as_str()).collect();
             let list = names.join(", ");
             sample

@@ -27,9 +27,6 @@ pub(crate) use lane::{Lane, Pair, RoundedPair, RoundedSingle, Single};
 use tile::{Cut, TILE_ROWS, Tile, Waiting};
 pub(crate) use transpose::{Line, Transposed, lane_stride, transpose};
 
-/// Rows of activations from which transposing pays, by measurement: about where arithmetic, not memory, is what a
-/// product waits for.
-pub(super) const FEWEST_ROWS: usize = 24;
 /// Weight rows that are transposed together: two registers of the output.
 pub(super) const PANEL_ROWS: usize = 32;
 /// Lanes of a register, each 32 bits: an `f32` or a pair of bf16.
