@@ -280,6 +280,10 @@ fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
         let rng = &mut rng;
         let scene = Maker::alone(rng, thing, Variation::None)?;
         let ask = |rng: &mut ChaCha8Rng, kind| question(&maker, rng, thing, &scene, kind);
+        let instead = |rng: &mut ChaCha8Rng| {
+            let other = maker.other(rng, &[thing]);
+            Maker::alone(rng, other, Variation::None)
+        };
         items.extend(match task {
             Task::Name => Some(item(&scene, "What is this?", &thing.name)),
             Task::Color => scene.colors[0].map(|color| item(&scene, "What color is it?", COLORS[color].0)),
@@ -287,13 +291,11 @@ fn single(folders: &Folders, task: Task) -> Result<Vec<Item>> {
             Task::YesNo => ask(rng, Question::YesNo).map(|(asked, told)| item(&scene, &asked, &told)),
             Task::Choice => Some(which(&maker, rng, thing, &scene)),
             Task::Replaced => {
-                let other = maker.other(rng, &[thing]);
-                let shown = Maker::alone(rng, other, Variation::None)?;
+                let shown = instead(rng)?;
                 Some(which(&maker, rng, thing, &shown))
             }
             Task::ReplacedYesNo => {
-                let other = maker.other(rng, &[thing]);
-                let shown = Maker::alone(rng, other, Variation::None)?;
+                let shown = instead(rng)?;
                 ask(rng, Question::YesNo).map(|(asked, told)| item(&shown, &asked, &told))
             }
             Task::SecondTurn => Some(second_turn(&scene, &thing.name)),

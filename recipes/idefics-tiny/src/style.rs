@@ -230,7 +230,8 @@ impl Drawing {
     fn outlined(&self, rng: &mut ChaCha8Rng) -> Self {
         let radius = rng.random_range(1..=3_i32) as isize;
         let gray = if rng.random_bool(0.7) { rng.random_range(0.0..0.35) } else { 1.0 };
-        let tint = [0, 1, 2].map(|_| (gray + rng.random_range(-0.1..0.1_f32)).clamp(0.0, 1.0));
+        let [red, green, blue] = [0, 1, 2].map(|_| (gray + rng.random_range(-0.1..0.1_f32)).clamp(0.0, 1.0));
+        let line = [red, green, blue, 1.0];
         self.map(|x, y| {
             let inside = self.at(x as isize, y as isize);
             if inside[3] >= 1.0 {
@@ -245,7 +246,7 @@ impl Drawing {
                 }
             }
             let behind = reached * (1.0 - inside[3]);
-            [0, 1, 2, 3].map(|c| inside[c] + behind * tint.get(c).copied().unwrap_or(1.0))
+            [0, 1, 2, 3].map(|c| inside[c] + behind * line[c])
         })
     }
 

@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{
     Maker, Question, Sample,
-    dialogue::{answer, user},
+    dialogue::{answer, turns},
     invented_name, question,
     single::{listed, options},
     words::{capital, pick, sentence},
@@ -52,17 +52,7 @@ pub(super) fn contrast(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
             asked.insert(rng.random_range(0..=asked.len()), pair);
         }
     }
-    let mut sample = Sample::default();
-    for (index, (asked, told)) in asked.into_iter().enumerate() {
-        user(&mut sample, index == 0);
-        if index == 0 {
-            sample.picture(scene.jpeg.clone());
-            answer(&mut sample, &asked, &told);
-        } else {
-            answer(&mut sample, &format!(" {asked}"), &told);
-        }
-    }
-    Ok(sample)
+    Ok(turns(scene.jpeg, &asked))
 }
 
 /// A name that was told in words, and then the picture of a thing that bears it.

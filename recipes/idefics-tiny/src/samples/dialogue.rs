@@ -143,7 +143,8 @@ pub(super) fn several(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     Ok(turns(scene.jpeg, &asked))
 }
 
-fn turns(jpeg: Vec<u8>, asked: &[(String, String)]) -> Sample {
+/// Questions about one picture, in their order.
+pub(super) fn turns(jpeg: Vec<u8>, asked: &[(String, String)]) -> Sample {
     let mut sample = Sample::default();
     user(&mut sample, true).picture(jpeg);
     for (index, (asked, told)) in asked.iter().enumerate() {
