@@ -25,7 +25,7 @@ use idefics_kernels::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const USAGE: &str = "products [--rows 1,8,16,32,512] [--formats bf16,q8,nf4] [--shapes NxK,..] [--turns 5] [--compute bf16|f32]";
+const USAGE: &str = "products [--rows 1,8,16,32,512] [--formats bf16,q8,nf4] [--shapes NxK,..] [--turns 5] [--compute bf16|f32|int8]";
 
 struct Options {
     rows: Vec<usize>,
@@ -61,6 +61,7 @@ fn options() -> Result<Options, String> {
             "--turns" => options.turns = number(&value)?,
             "--compute" if value == "bf16" => options.compute = Compute::Bf16,
             "--compute" if value == "f32" => options.compute = Compute::F32,
+            "--compute" if value == "int8" => options.compute = Compute::Int8,
             _ => return Err(USAGE.to_owned()),
         }
     }

@@ -11,7 +11,7 @@ pub enum Tier {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// The above with the bf16 dot product.
+    /// The above with the dot products of bf16 and of bytes (VNNI): no processor has one without the other.
     Avx512Bf16,
 }
 
@@ -95,7 +95,9 @@ fn has(tier: Tier) -> bool {
         Tier::Portable => true,
         Tier::Avx2 => avx2,
         Tier::Avx512 => avx512,
-        Tier::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
+        Tier::Avx512Bf16 => {
+            avx512 && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni")
+        }
     }
 }
 

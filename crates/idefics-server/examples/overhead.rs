@@ -19,7 +19,8 @@ use anyhow::{Context, bail};
 use http::Client;
 use idefics::{Segment, processor::ProcessOptions};
 use measure::{
-    Served, Which, ask_engine, ask_server, completion, format_of, median, seconds_of, serve, spread, tiny,
+    Served, Which, ask_engine, ask_server, completion, compute_of, format_of, median, seconds_of, serve,
+    spread, tiny,
 };
 
 struct Options {
@@ -141,7 +142,7 @@ fn options() -> anyhow::Result<Options> {
     }
     options.which = match (model, shape) {
         (Some(model), None) => Which::Directory(model),
-        (None, Some(shape)) => Which::Random(shape, format),
+        (None, Some(shape)) => Which::Random(shape, format, compute_of(None, format)?),
         (None, None) => options.which,
         (Some(_), Some(_)) => bail!("expected --model or --shape, got both"),
     };

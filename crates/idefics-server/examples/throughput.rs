@@ -2,6 +2,7 @@
 //!
 //! ```sh
 //! cargo run --release -p idefics-server --example throughput                                # random 9B in NF4
+//! cargo run --release -p idefics-server --example throughput -- --dtype int8                # activations in 8 bits
 //! cargo run --release -p idefics-server --example throughput -- --model fixtures/tiny --long 100
 //! ```
 //!
@@ -26,8 +27,8 @@ use idefics::{
     generate::{EngineEvent, Scheduler},
 };
 use measure::{
-    Served, Which, ask_server, completion, format_of, inputs_of, median, prompt, seconds_of, serve, spread,
-    submit,
+    Served, Which, ask_server, completion, compute_of, format_of, inputs_of, median, prompt, seconds_of,
+    serve, spread, submit,
 };
 
 struct Options {
@@ -182,7 +183,7 @@ fn first_token(served: &Served, tokens: usize, number: usize) -> anyhow::Result<
 }
 
 fn options() -> anyhow::Result<Options> {
-    let (mut shape, mut format, mut model) = ("9b".to_owned(), Format::Nf4, None);
+    let (mut shape, mut format, mut dtype, mut model) = ("9b".to_owned(), Format::Nf4, None, None);
     let mut options = Options {
         which: Which::Directory(measure::tiny()),
         clients: vec![1, 16],
@@ -201,6 +202,7 @@ fn options() -> anyhow::Result<Options> {
             "--model" => model = Some(Path::new(&value).to_owned()),
             "--shape" => shape = value,
             "--format" => format = format_of(&value)?,
+            "--dtype" => dtype = Some(value),
             "--clients" => options.clients = numbers(&value)?,
             "--rounds" => options.rounds = value.parse()?,
             "--turns" => options.turns = value.parse()?,
@@ -214,6 +216,10 @@ fn options() -> anyhow::Result<Options> {
     if options.clients.is_empty() || options.tokens < 2 || options.turns == 0 || options.rounds == 0 {
         bail!("expected numbers of clients, at least 2 tokens, at least one turn and one round");
     }
-    options.which = model.map_or(Which::Random(shape, format), Which::Directory);
+    if model.is_some() && dtype.is_some() {
+        bail!("--dtype is for random weights");
+    }
+    let compute = compute_of(dtype.as_deref(), format)?;
+    options.which = model.map_or(Which::Random(shape, format, compute), Which::Directory);
     Ok(options)
 }

@@ -656,7 +656,7 @@ fn context(config: &TrainConfig, weights: &Weights) -> Context {
     };
     let is_bf16 = match config.run.compute.into() {
         ComputeType::F32 => false,
-        ComputeType::Bf16 => true,
+        ComputeType::Bf16 | ComputeType::Int8 => true,
         ComputeType::Auto => bytes(|dtype| dtype == DType::Bf16) > bytes(|dtype| dtype != DType::Bf16),
     };
     let compute = if is_bf16 { Compute::Bf16 } else { Compute::F32 };

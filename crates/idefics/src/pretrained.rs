@@ -25,6 +25,8 @@ pub enum ComputeType {
     F32,
     /// Products of bf16 numbers with `f32` sums; everything between products stays `f32`.
     Bf16,
+    /// As `Bf16`, but where the weights are packed both factors are rounded to 8 bits: faster, and less exact.
+    Int8,
 }
 
 /// How to open a model.
@@ -88,6 +90,7 @@ impl Idefics {
         let compute = match options.compute {
             ComputeType::F32 => Compute::F32,
             ComputeType::Bf16 => Compute::Bf16,
+            ComputeType::Int8 => Compute::Int8,
             ComputeType::Auto => compute_type_of(&checkpoint.weights),
         };
         if let Some(recipe) = &options.quantize {

@@ -60,7 +60,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", requires = "shape")]
     layers: Option<usize>,
 
-    /// What products are computed in; `auto` is bf16 unless the weights are f32
+    /// What products are computed in; `auto` is bf16 unless the weights are f32. `int8` is bf16 but for packed
+    /// weights, which multiply activations rounded to 8 bits
     #[arg(long, value_enum, default_value = "auto")]
     dtype: Dtype,
 
@@ -241,12 +242,17 @@ impl Args {
         let forms = std::iter::once(None).chain(packed.into_iter().filter(|_| !is_packed).map(Some));
         let mut found = Vec::new();
         for form in forms {
-            for (compute, name) in [(ComputeType::F32, "f32"), (ComputeType::Bf16, "bf16")] {
-                if form.is_none() && compute == ComputeType::F32 {
-                    continue;
+            let weights = form.map_or_else(|| "as they are".to_owned(), |form| form.to_string());
+            let packed = form.map(|form| distributions(ComputeType::F32, Some(form))).transpose()?;
+            let unrounded = packed.as_ref().unwrap_or(&exact);
+            if let Some(packed) = &packed {
+                found.push(exact.compare(packed, packed, &weights, "f32"));
+            }
+            for (compute, name) in [(ComputeType::Bf16, "bf16"), (ComputeType::Int8, "int8")] {
+                // Without packed weights there are no products in 8 bits.
+                if compute == ComputeType::Bf16 || is_packed || form.is_some() {
+                    found.push(exact.compare(&distributions(compute, form)?, unrounded, &weights, name));
                 }
-                let weights = form.map_or_else(|| "as they are".to_owned(), |form| form.to_string());
-                found.push(exact.compare(&distributions(compute, form)?, &weights, name));
             }
         }
         clear_line();
@@ -283,6 +289,7 @@ impl Args {
         let compute = match (self.dtype, self.format) {
             (Dtype::F32, _) | (Dtype::Auto, Stored::F32) => Compute::F32,
             (Dtype::Bf16 | Dtype::Auto, _) => Compute::Bf16,
+            (Dtype::Int8, _) => Compute::Int8,
         };
         show("random weights");
         let weights = RandomWeights::new(&config, format);
@@ -408,12 +415,15 @@ fn quality_table(found: &[Quality], tokens: usize) -> String {
     let _ = writeln!(out, "divergence from the weights as they are in f32, {tokens} tokens");
     let _ = writeln!(
         out,
-        "{:<12} {:<8} {:>10} {:>10} {:>9}",
-        "weights", "products", "mean KL", "max KL", "same top"
+        "{:<12} {:<8} {:>10} {:>10} {:>11} {:>9}",
+        "weights", "products", "mean KL", "max KL", "of rounding", "same top"
     );
-    for Quality { weights, compute, mean_kl, max_kl, same_top } in found {
+    for Quality { weights, compute, mean_kl, max_kl, rounding_kl, same_top } in found {
         let same = 100.0 * same_top;
-        let _ = writeln!(out, "{weights:<12} {compute:<8} {mean_kl:>10.2e} {max_kl:>10.2e} {same:>8.1}%");
+        let _ = writeln!(
+            out,
+            "{weights:<12} {compute:<8} {mean_kl:>10.2e} {max_kl:>10.2e} {rounding_kl:>11.2e} {same:>8.1}%"
+        );
     }
     out
 }

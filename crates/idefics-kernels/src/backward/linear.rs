@@ -68,13 +68,19 @@ fn transposing_input(isa: Isa, compute: Compute, dy: &[f32], weight: Matrix<'_>,
             &mut out[..]
         };
         match (compute, weight) {
-            (Compute::Bf16, Matrix::Bf16(weight)) => {
+            (Compute::F32, weight) => {
+                let panel = transposed(n, k, first, count, |row, out: &mut [f32]| {
+                    read(weight, k, row, first, out);
+                });
+                linear(isa, compute, dy, Matrix::F32(&panel), n, None, target);
+            }
+            (_, Matrix::Bf16(weight)) => {
                 let panel = transposed(n, k, first, count, |row, out| {
                     out.copy_from_slice(&weight[row * k + first..][..count]);
                 });
-                linear(isa, compute, dy, Matrix::Bf16(&panel), n, None, target);
+                linear(isa, Compute::Bf16, dy, Matrix::Bf16(&panel), n, None, target);
             }
-            (Compute::Bf16, weight) => {
+            (_, weight) => {
                 let panel = transposed(n, k, first, count, |row, out: &mut [bf16]| {
                     let mut wide = vec![0.0; count];
                     read(weight, k, row, first, &mut wide);
@@ -82,13 +88,7 @@ fn transposing_input(isa: Isa, compute: Compute, dy: &[f32], weight: Matrix<'_>,
                         *out = bf16::from_f32(value);
                     }
                 });
-                linear(isa, compute, dy, Matrix::Bf16(&panel), n, None, target);
-            }
-            (Compute::F32, weight) => {
-                let panel = transposed(n, k, first, count, |row, out: &mut [f32]| {
-                    read(weight, k, row, first, out);
-                });
-                linear(isa, compute, dy, Matrix::F32(&panel), n, None, target);
+                linear(isa, Compute::Bf16, dy, Matrix::Bf16(&panel), n, None, target);
             }
         }
         if count < k {
@@ -127,9 +127,9 @@ fn transposing_weight(isa: Isa, compute: Compute, dy: &[f32], x: &[f32], k: usiz
     let x = transpose(x, m, k); // [K, M]
     let rounded = match compute {
         Compute::F32 => Vec::new(),
-        Compute::Bf16 => round_all(isa, &x),
+        Compute::Bf16 | Compute::Int8 => round_all(isa, &x),
     };
-    let x = if compute == Compute::Bf16 { Matrix::Bf16(&rounded) } else { Matrix::F32(&x) };
+    let x = if compute == Compute::F32 { Matrix::F32(&x) } else { Matrix::Bf16(&rounded) };
     let rows = (RUN / 2 / k).max(1);
     let mut sums = vec![0.0; rows.min(n) * k];
     for (dw, dy) in dw.chunks_mut(rows * k).zip(dy.chunks(rows * m)) {
@@ -161,10 +161,10 @@ unsafe fn outer(
     unsafe {
         match (compute, isa.tier()) {
             (Compute::F32, _) => outer::product::<outer::Plain>(left, right, extents, old, out),
-            (Compute::Bf16, Tier::Avx512Bf16) => {
+            (_, Tier::Avx512Bf16) => {
                 outer::product::<outer::Pairs>(left, right, extents, old, out);
             }
-            (Compute::Bf16, _) => outer::product::<outer::Rounded>(left, right, extents, old, out),
+            _ => outer::product::<outer::Rounded>(left, right, extents, old, out),
         }
     }
 }

@@ -157,7 +157,7 @@ impl Job<'_> {
                     });
                 });
             }),
-            Compute::Bf16 => self.with_rounded(x, |x| {
+            Compute::Bf16 | Compute::Int8 => self.with_rounded(x, |x| {
                 self.for_each_panel(|first, rows| {
                     scratch::with(&scratch::WIDENED, rows * self.k, |values| {
                         read(first, values);
@@ -199,7 +199,7 @@ impl Job<'_> {
                     });
                 });
             }),
-            Compute::Bf16 => self.with_rounded(x, |x| {
+            Compute::Bf16 | Compute::Int8 => self.with_rounded(x, |x| {
                 self.for_each_panel(|first, rows| {
                     let w = rows_of(first, rows);
                     if let (Activations::Rows(x), true, true) = (x, is_fused, has_pairs) {
@@ -234,7 +234,7 @@ impl Job<'_> {
     }
 
     /// Runs `work(first weight row, number of rows)` over all panels, in parallel.
-    fn for_each_panel(&self, work: impl Fn(usize, usize) + Sync + Send) {
+    pub(super) fn for_each_panel(&self, work: impl Fn(usize, usize) + Sync + Send) {
         let flops = 2 * self.m * self.n * self.k;
         #[cfg(target_arch = "x86_64")]
         let rows = if self.is_broadcast() { broadcast::PANEL_ROWS } else { panel_rows(self.k) };

@@ -8,6 +8,7 @@
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod broadcast;
+mod int8;
 pub(crate) mod job;
 #[cfg(target_arch = "x86_64")]
 mod packed;
@@ -50,6 +51,15 @@ pub enum Compute {
     F32,
     /// Both factors rounded to bf16, to nearest even.
     Bf16,
+    /// Packed weights of whole blocks and their activations in 8 bits, everything else as [`Bf16`](Self::Bf16).
+    Int8,
+}
+
+impl Compute {
+    /// What products are computed in where no weight is packed, gradients for one.
+    pub fn of_dense(self) -> Self {
+        if self == Self::Int8 { Self::Bf16 } else { self }
+    }
 }
 
 impl Matrix<'_> {
@@ -133,16 +143,22 @@ fn multiply(
         return;
     }
     let rows = rows_at_once(m, k);
+    let bytes = if compute == Compute::Int8 { int8::Bytes::of(weight, k) } else { None };
+    let compute = compute.of_dense();
     for (part, x) in x.chunks(rows * k).enumerate() {
         let (m, out) = (x.len() / k, out.behind(part * rows * n));
         let job = Job { isa, k, m, n, bias, out, broadcast_from: BROADCAST_ROWS };
+        if let Some(bytes) = bytes {
+            job.int8(x, bytes);
+            continue;
+        }
         match (compute, weight) {
             (Compute::F32, Matrix::F32(weight)) => job.widened(x, weight),
             (Compute::F32, Matrix::F16(weight)) => job.widened(x, weight),
             (Compute::F32, Matrix::Bf16(weight)) => job.widened(x, weight),
-            (Compute::Bf16, Matrix::F32(weight)) => job.rounded(x, weight),
-            (Compute::Bf16, Matrix::F16(weight)) => job.rounded(x, weight),
-            (Compute::Bf16, Matrix::Bf16(weight)) => job.bf16(x, weight),
+            (_, Matrix::F32(weight)) => job.rounded(x, weight),
+            (_, Matrix::F16(weight)) => job.rounded(x, weight),
+            (_, Matrix::Bf16(weight)) => job.bf16(x, weight),
             (compute, Matrix::Nf4(weight)) => job.nf4(compute, x, weight),
             (compute, Matrix::Q8(weight)) => job.q8(compute, x, weight),
         }

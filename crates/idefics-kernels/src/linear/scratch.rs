@@ -12,6 +12,8 @@ thread_local! {
     pub(crate) static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     /// A panel of unpacked weights, rounded.
     pub(crate) static ROUNDED: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
+    /// A panel of codes in a byte each.
+    pub(crate) static CODES: RefCell<Vec<i8>> = const { RefCell::new(Vec::new()) };
     /// A panel of transposed weights.
     #[cfg(target_arch = "x86_64")]
     pub(crate) static PANEL: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };

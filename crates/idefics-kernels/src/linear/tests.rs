@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Values in [-1, 1) from a small generator; the seed names the stream.
-fn noise(n: usize, seed: u64) -> Vec<f32> {
+pub(super) fn noise(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     (0..n)
         .map(|_| {

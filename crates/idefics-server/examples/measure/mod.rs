@@ -27,8 +27,8 @@ use crate::http::Client;
 pub(crate) enum Which {
     /// A checkpoint.
     Directory(PathBuf),
-    /// Random weights of a published size, or of a `config.json`.
-    Random(String, Format),
+    /// Random weights of a published size, or of a `config.json`, and what products are computed in.
+    Random(String, Format, Compute),
 }
 
 /// A model that answers, directly and over HTTP.
@@ -44,7 +44,9 @@ impl Which {
     pub(crate) fn name(&self) -> String {
         match self {
             Self::Directory(path) => path.display().to_string(),
-            Self::Random(shape, format) => format!("{shape}, {format:?}, random weights"),
+            Self::Random(shape, format, compute) => {
+                format!("{shape}, {format:?}, random weights, products in {compute:?}")
+            }
         }
     }
 }
@@ -57,15 +59,14 @@ pub(crate) fn serve(which: &Which) -> anyhow::Result<Served> {
             let processor = Processor::from_pretrained(directory)?;
             (engine(model, &processor)?, processor)
         }
-        Which::Random(size, format) => {
+        Which::Random(size, format, compute) => {
             let config = match shape(size) {
                 Some(config) => config,
                 None => read_config(Path::new(size))
                     .with_context(|| format!("--shape: expected 9b, 80b or a directory, got `{size}`"))?,
             };
             let weights = RandomWeights::new(&config, *format);
-            let compute = if *format == Format::F32 { Compute::F32 } else { Compute::Bf16 };
-            let model = Model::new(config, &weights, Ops { isa: Isa::best(), compute })?;
+            let model = Model::new(config, &weights, Ops { isa: Isa::best(), compute: *compute })?;
             // Any tokenizer will do: what random weights write is not looked at.
             let processor = Processor::from_pretrained(tiny())?;
             (engine(model, &processor)?, processor)
@@ -104,6 +105,18 @@ pub(crate) fn format_of(name: &str) -> anyhow::Result<Format> {
         "q8" => Format::Q8,
         "nf4" => Format::Nf4,
         _ => bail!("--format: expected f32, bf16, q8 or nf4, got `{name}`"),
+    })
+}
+
+/// What products with weights of `format` are computed in, unless `name` says so.
+pub(crate) fn compute_of(name: Option<&str>, format: Format) -> anyhow::Result<Compute> {
+    Ok(match name {
+        Some("f32") => Compute::F32,
+        Some("bf16") => Compute::Bf16,
+        Some("int8") => Compute::Int8,
+        None if format == Format::F32 => Compute::F32,
+        None => Compute::Bf16,
+        Some(other) => bail!("--dtype: expected f32, bf16 or int8, got `{other}`"),
     })
 }
 

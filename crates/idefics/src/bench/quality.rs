@@ -33,6 +33,8 @@ pub struct Quality {
     pub mean_kl: f64,
     /// The largest of any token.
     pub max_kl: f64,
+    /// The mean `KL(the same weights in f32 ‖ this)`: what the rounding of products costs alone.
+    pub rounding_kl: f64,
     /// Share of tokens whose likeliest successor is the same.
     pub same_top: f64,
 }
@@ -57,27 +59,37 @@ fn log_softmax(logits: &[f32]) -> impl Iterator<Item = f64> {
 }
 
 impl Distributions {
-    /// How far `other` is from these.
+    /// How far `other` is from these; `unrounded` are those of its weights in `f32`.
     ///
     /// # Panics
     /// If they are of another text or vocabulary.
-    pub fn compare(&self, other: &Self, weights: &str, compute: &str) -> Quality {
-        assert_eq!((self.values.len(), self.vocab_size), (other.values.len(), other.vocab_size));
-        let (mut kl, mut same) = (Vec::new(), 0);
-        let rows = self.values.chunks_exact(self.vocab_size).zip(other.values.chunks_exact(self.vocab_size));
-        for (exact, other) in rows {
-            kl.push(exact.iter().zip(other).map(|(p, q)| p.exp() * (p - q)).sum::<f64>());
-            same += usize::from(top(exact) == top(other));
-        }
-        let n = kl.len() as f64;
+    pub fn compare(&self, other: &Self, unrounded: &Self, weights: &str, compute: &str) -> Quality {
+        let kl = self.divergences(other);
+        let same = self.rows().zip(other.rows()).filter(|(exact, other)| top(exact) == top(other)).count();
         Quality {
             weights: weights.to_owned(),
             compute: compute.to_owned(),
-            mean_kl: kl.iter().sum::<f64>() / n,
+            mean_kl: mean(&kl),
             max_kl: kl.iter().copied().fold(0.0, f64::max),
-            same_top: same as f64 / n,
+            rounding_kl: mean(&unrounded.divergences(other)),
+            same_top: same as f64 / kl.len() as f64,
         }
     }
+
+    fn rows(&self) -> impl Iterator<Item = &[f64]> {
+        self.values.chunks_exact(self.vocab_size)
+    }
+
+    /// `KL(these ‖ other)` of every token.
+    fn divergences(&self, other: &Self) -> Vec<f64> {
+        assert_eq!((self.values.len(), self.vocab_size), (other.values.len(), other.vocab_size));
+        let of = |(p, q): (&[f64], &[f64])| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum();
+        self.rows().zip(other.rows()).map(of).collect()
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 fn top(row: &[f64]) -> Option<usize> {
@@ -101,13 +113,13 @@ mod tests {
         let ln = |p: f32| p.ln();
         let p = of(&[[ln(0.5), ln(0.25), ln(0.25)], [1.0, 2.0, 3.0]]);
         let q = of(&[[ln(0.25) + 7.0, ln(0.5) + 7.0, ln(0.25) + 7.0], [1.0, 2.0, 3.0]]);
-        let quality = p.compare(&q, "nf4", "bf16");
+        let quality = p.compare(&q, &q, "nf4", "bf16");
         let kl = 0.25 * std::f64::consts::LN_2;
         assert!(
             (quality.max_kl - kl).abs() < 1e-6 && (quality.mean_kl - kl / 2.0).abs() < 1e-6,
             "{quality:?}"
         );
-        assert_eq!(quality.same_top, 0.5);
+        assert_eq!((quality.same_top, quality.rounding_kl), (0.5, 0.0));
     }
 
     #[test]

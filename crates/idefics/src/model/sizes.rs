@@ -28,7 +28,7 @@ impl Model {
     fn cache_dtype(&self) -> DType {
         match self.context().compute {
             ops::Compute::F32 => DType::F32,
-            ops::Compute::Bf16 => DType::Bf16,
+            ops::Compute::Bf16 | ops::Compute::Int8 => DType::Bf16,
         }
     }
 }

@@ -46,7 +46,7 @@ impl KeyValues {
     pub fn new(ctx: Context) -> Self {
         let empty = || match ctx.compute {
             Compute::F32 => Buffer::F32(Vec::new()),
-            Compute::Bf16 => Buffer::Bf16(Vec::new()),
+            Compute::Bf16 | Compute::Int8 => Buffer::Bf16(Vec::new()),
         };
         Self { keys: empty(), values: empty() }
     }
