@@ -380,7 +380,7 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
 
 /// Asks for a line of memory without waiting for it; any address will do.
 #[inline(always)]
-fn prefetch(address: *const u8) {
+pub(crate) fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing and never faults; every x86-64 processor has it.
     unsafe {

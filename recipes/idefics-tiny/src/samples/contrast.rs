@@ -41,6 +41,11 @@ pub(super) fn scene(rng: &mut ChaCha8Rng, thing: &Thing) -> Result<Scene> {
 /// Several questions about one picture.
 pub(super) fn contrast(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let thing = maker.any(rng);
+    about(maker, rng, thing)
+}
+
+/// Several questions about a picture of `thing`.
+pub(super) fn about(maker: &Maker, rng: &mut ChaCha8Rng, thing: &Thing) -> Result<Sample> {
     let scene = scene(rng, thing)?;
     let mut asked = about_name(maker, rng, thing, &scene);
     // What does not depend on the name may come anywhere.

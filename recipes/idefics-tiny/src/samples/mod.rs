@@ -97,6 +97,8 @@ pub(crate) struct Maker {
     pub(crate) things: Things,
     /// Concepts that a name is drawn from; those with several designs come more often.
     weighted: Vec<usize>,
+    /// Those with several designs.
+    common: Vec<usize>,
     shapes: Shapes,
     wordnet: WordNet,
 }
@@ -105,10 +107,12 @@ impl Maker {
     pub(crate) fn open(folders: &Folders, part: Part) -> Result<Self> {
         let wordnet = WordNet::open(folders)?;
         let things = Things::load(folders, &wordnet, part)?;
-        let weight = |thing: &Thing| if thing.pictures.len() >= 3 { 4 } else { 1 };
+        let is_common = |thing: &Thing| thing.pictures.len() >= 3;
+        let weight = |thing: &Thing| if is_common(thing) { 4 } else { 1 };
+        let common = (0..things.all.len()).filter(|index| is_common(&things.all[*index])).collect();
         let weighted = things.all.iter().enumerate().flat_map(|(index, thing)| vec![index; weight(thing)]);
         let weighted = weighted.collect();
-        Ok(Self { things, weighted, shapes: Shapes::open(folders, part)?, wordnet })
+        Ok(Self { things, weighted, common, shapes: Shapes::open(folders, part)?, wordnet })
     }
 
     /// The pictures of coloured shapes.
@@ -119,6 +123,12 @@ impl Maker {
     /// Any thing.
     pub(crate) fn any(&self, rng: &mut ChaCha8Rng) -> &Thing {
         let index = self.weighted.choose(rng).copied().unwrap_or_default();
+        &self.things.all[index]
+    }
+
+    /// A thing that several designs have.
+    pub(crate) fn common(&self, rng: &mut ChaCha8Rng) -> &Thing {
+        let index = self.common.choose(rng).copied().unwrap_or_default();
         &self.things.all[index]
     }
 
@@ -169,6 +179,9 @@ impl Maker {
         if kind == Kind::Contrast {
             return self.contrast(rng);
         }
+        if kind == Kind::Reading {
+            return self.reading(rng);
+        }
         match rng.random_range(0..100) {
             0..42 => dialogue::single(self, rng),
             42..52 => single::base(self, rng),
@@ -215,15 +228,36 @@ impl Maker {
             _ => Ok(facts::question(self, rng)),
         }
     }
+
+    /// Mostly one picture and what it shows: a sample of several pictures costs as much as several of one.
+    fn reading(&self, rng: &mut ChaCha8Rng) -> Result<Sample> {
+        match rng.random_range(0..100) {
+            0..80 => {
+                let thing = if rng.random_bool(0.7) { self.common(rng) } else { self.any(rng) };
+                contrast::about(self, rng, thing)
+            }
+            80..85 => single::base(self, rng),
+            85..87 => dialogue::two_things(self, rng),
+            87..89 => dialogue::several(self, rng),
+            89..90 => dialogue::two_pictures(self, rng),
+            90..91 => episode::binding(self, rng),
+            91..92 => episode::episode(self, rng),
+            92..97 => Ok(self.shapes.sample(rng)),
+            97..98 => Ok(practice::told(self, rng)),
+            98..99 => dialogue::story(self, rng),
+            _ => Ok(facts::question(self, rng)),
+        }
+    }
 }
 
 /// The sets that the stages of training read.
-pub(crate) const PLANS: [Plan; 5] = [
+pub(crate) const PLANS: [Plan; 6] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
     Plan { name: "names", kind: Kind::Naming, samples: 60_000, seed: 2 },
     Plan { name: "joint", kind: Kind::Joint, samples: 60_000, seed: 3 },
     Plan { name: "practice", kind: Kind::Practice, samples: 80_000, seed: 4 },
     Plan { name: "contrast", kind: Kind::Contrast, samples: 30_000, seed: 6 },
+    Plan { name: "reading", kind: Kind::Reading, samples: 120_000, seed: 7 },
 ];
 
 /// Writes all sets.
@@ -248,6 +282,8 @@ pub(crate) enum Kind {
     Practice,
     /// Every skill, most of it telling one thing from others, in many hands.
     Contrast,
+    /// The same with hardly a sample of several pictures, and more of things that several designs have.
+    Reading,
 }
 
 /// One set of shards.

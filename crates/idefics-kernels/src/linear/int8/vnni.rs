@@ -18,7 +18,7 @@ use std::arch::x86_64::{
 
 use super::{Activations, BLOCK, Block, Bytes};
 use crate::{
-    linear::{broadcast::transpose::transpose_registers, job::Job, scratch},
+    linear::{broadcast::transpose::transpose_registers, job::Job, scratch, tile::prefetch},
     parallel::for_each,
 };
 
@@ -103,6 +103,9 @@ pub(super) fn product(job: &Job<'_>, x: &Activations, weight: Bytes<'_>) {
                 for (scales, scale) in scales.as_chunks_mut::<ROWS>().0.iter_mut().zip(by_row) {
                     scales[row] = scale * unit;
                 }
+                // Those of the panel that comes next, which nothing else asks for before they are needed.
+                let next = by_row.as_ptr().wrapping_add(ROWS * blocks).cast::<u8>();
+                (0..size_of_val(by_row)).step_by(LINE).for_each(|at| prefetch(next.wrapping_add(at)));
             }
             // SAFETY: the caller's `Isa` proves the tier; the codes are those of the panel's rows; panels do not overlap.
             unsafe {
