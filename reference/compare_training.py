@@ -68,18 +68,19 @@ def main() -> None:
     parser.add_argument("--binary")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="bf16")
     parser.add_argument("--tape", choices=["keep", "recompute"], default="keep")
+    parser.add_argument("--moments", choices=["f32", "8bit"], default="f32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-torch", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only_torch:
         return torch_step(args.dtype, 3)
     peer = [sys.executable, __file__, "--only-torch", "--dtype", args.dtype]
-    ours = [args.binary, "full", args.dtype, args.tape]
+    ours = [args.binary, "full", args.dtype, args.tape] + (["8bit"] if args.moments == "8bit" else [])
     turns = [(figures(ours), figures(peer)) for _ in range(args.rounds)]
     (own_s, own_gb), (peer_s, peer_gb) = (
         tuple(statistics.median(turn[who][what] for turn in turns) for what in (0, 1)) for who in (0, 1)
     )
-    print(f"idefics {args.dtype}, tape {args.tape}: {own_s:.3f} s a step, peak {own_gb:.2f} GB")
+    print(f"idefics {args.dtype}, tape {args.tape}, moments {args.moments}: {own_s:.3f} s a step, peak {own_gb:.2f} GB")
     print(f"torch {args.dtype}: {peer_s:.3f} s a step, peak {peer_gb:.2f} GB")
     print(f"ratio: {peer_s / own_s:.2f}x as fast, {own_gb / peer_gb:.2f}x the memory")
 

@@ -1,7 +1,7 @@
 //! How long a training step takes and what memory it needs.
 //!
-//!     cargo run --release -p idefics-train --example training_speed -- full [f32|bf16] [recompute|keep]
-//!     cargo run --release -p idefics-train --example training_speed -- tiny [f32|bf16] [recompute|keep]
+//!     cargo run --release -p idefics-train --example training_speed -- full [f32|bf16] [recompute|keep] [8bit]
+//!     cargo run --release -p idefics-train --example training_speed -- tiny [f32|bf16] [recompute|keep] [8bit]
 //!     cargo run --release -p idefics-train --example training_speed -- qlora [LAYERS]
 //!
 //! `full` trains all of a model of 100 M parameters on 512 tokens and 4 pictures, AdamW included; the same step in
@@ -21,7 +21,10 @@ use idefics::{
     ops::{Compute, Context, Gradient, Isa, LowRank},
     processor::PixelValues,
 };
-use idefics_train::optim::{AdamW, Decay, Moments, Update};
+use idefics_train::{
+    moments::{MomentFormat, Moments},
+    optim::{AdamW, Decay, Update},
+};
 
 /// As in the command line.
 #[global_allocator]
@@ -36,6 +39,7 @@ fn main() {
         [work @ ("full" | "tiny"), rest @ ..] => {
             let compute = if rest.contains(&"f32") { Compute::F32 } else { Compute::Bf16 };
             let tape = if rest.contains(&"recompute") { Tape::Recompute } else { Tape::Keep };
+            let moments = if rest.contains(&"8bit") { MomentFormat::EightBit } else { MomentFormat::F32 };
             let (config, batch, is_trained): (_, _, fn(&str) -> bool) = if *work == "full" {
                 let config = hundred_million();
                 let batch = vec![sequence(&config, 512, 4)];
@@ -46,10 +50,10 @@ fn main() {
                 let batch = (0..40).map(|_| answers(sequence(&config, 102, 1))).collect();
                 (config, batch, |name| !name.starts_with("model.vision_model"))
             };
-            step(&config, &batch, is_trained, compute, tape);
+            step(&config, &batch, is_trained, (compute, tape, moments));
         }
         ["qlora", rest @ ..] => qlora(rest.first().and_then(|layers| layers.parse().ok())),
-        _ => eprintln!("usage: training_speed full|tiny [f32|bf16] [recompute|keep] | qlora [LAYERS]"),
+        _ => eprintln!("usage: training_speed full|tiny [f32|bf16] [recompute|keep] [8bit] | qlora [LAYERS]"),
     }
 }
 
@@ -158,8 +162,7 @@ fn step(
     config: &IdeficsConfig,
     batch: &[TrainingSequence],
     is_trained: fn(&str) -> bool,
-    compute: Compute,
-    tape: Tape,
+    (compute, tape, moments): (Compute, Tape, MomentFormat),
 ) {
     let random = RandomWeights::new(config, Format::F32);
     let mut source = Learning { trained: BTreeMap::new(), frozen: BTreeMap::new() };
@@ -167,7 +170,7 @@ fn step(
         let weight = random.weight(&name).expect("every weight is there");
         if is_trained(&name) {
             let n = weight.len();
-            source.trained.insert(name, (weight, Gradient::new(n), Moments::new(n)));
+            source.trained.insert(name, (weight, Gradient::new(n), Moments::new(n, moments)));
         } else {
             source.frozen.insert(name, weight);
         }
@@ -197,8 +200,9 @@ fn step(
         }
     }
     println!(
-        "step, {:.1} M parameters trained, {compute:?}, tape {tape:?}: median {:.3} s, peak {:.2} GB",
+        "step, {:.1} M parameters trained, {compute:?}, tape {tape:?}, moments {}: median {:.3} s, peak {:.2} GB",
         parameters as f64 / 1e6,
+        moments.name(),
         median(&mut seconds),
         peak_gb()
     );

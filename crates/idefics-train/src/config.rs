@@ -17,6 +17,7 @@ use toml::{Table, Value};
 use crate::{
     data::{RandomResizedCrop, SequenceConfig, SourceConfig},
     freeze::{Rate, Trainable},
+    moments::MomentFormat,
     optim::AdamW,
     packing::BatchConfig,
     parameters::Precision,
@@ -231,6 +232,8 @@ pub struct OptimizerConfig {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// What the moments are kept as: `f32`, or in 8 bits, which is a quarter of the memory.
+    pub moments: MomentFormat,
 }
 
 impl Default for OptimizerConfig {
@@ -247,6 +250,7 @@ impl Default for OptimizerConfig {
             beta2,
             eps,
             weight_decay,
+            moments: MomentFormat::F32,
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod init;
 pub mod learner;
 pub mod memory;
 pub mod metrics;
+pub mod moments;
 pub mod optim;
 pub mod packing;
 pub mod parameters;

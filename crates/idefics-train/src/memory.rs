@@ -60,7 +60,8 @@ impl Prediction {
     /// The memory of a run.
     pub fn new(work: &Workload<'_>) -> Self {
         let recipe = work.config.quantize.as_ref().map(crate::config::QuantizeOptions::recipe);
-        let (mut frozen, mut trained, mut elements) = (0, 0, 0);
+        let format = work.config.optimizer.moments;
+        let (mut frozen, mut trained, mut elements, mut moments) = (0, 0, 0, 0);
         for (name, weight) in work.weights.iter() {
             let len = weight.len() as u64;
             if (work.is_trained)(name) {
@@ -69,22 +70,21 @@ impl Prediction {
                         && weight.dtype() == idefics::checkpoint::DType::Bf16);
                 trained += len * if is_bf16 { F32 + 2 } else { F32 };
                 elements += len;
+                moments += format.num_bytes(len);
             } else {
                 frozen += packed_bytes(recipe.as_ref(), name, len).unwrap_or(weight.bytes().len() as u64);
             }
         }
         frozen += work.weights.iter_packed().map(|(_, weight)| weight.num_bytes() as u64).sum::<u64>();
-        let factors = |layer: &LoraLayer| (layer.factors.a.len() + layer.factors.b.len()) as u64;
-        let factors: u64 = work.lora.iter().map(factors).sum();
-        elements += factors;
-        trained += factors * F32;
-        Self {
-            frozen,
-            trained,
-            gradients: elements * F32,
-            moments: 2 * elements * F32,
-            activations: activations(work),
+        for layer in work.lora {
+            for factor in [&layer.factors.a, &layer.factors.b] {
+                let len = factor.len() as u64;
+                elements += len;
+                trained += len * F32;
+                moments += format.num_bytes(len);
+            }
         }
+        Self { frozen, trained, gradients: elements * F32, moments, activations: activations(work) }
     }
 
     /// All of it.
@@ -107,7 +107,10 @@ impl Prediction {
         let Self { frozen, trained, gradients, moments, activations } = *self;
         let parts = [
             (frozen, "frozen weights, which `quantize` packs"),
-            (trained + gradients + moments, "trained weights, of which `lora` has far fewer"),
+            (
+                trained + gradients + moments,
+                "trained weights, of which `lora` has far fewer (`optimizer.moments = \"8bit\"` has smaller moments)",
+            ),
             (activations, "the largest pass, which `batch.tokens` and `batch.images` bound"),
         ];
         let (bytes, largest) = parts.into_iter().max_by_key(|(bytes, _)| *bytes).unwrap_or_default();
@@ -218,6 +221,8 @@ mod tests {
         let frozen = predict(&["quantize.format='nf4'"], &|name| name.contains("norm"));
         assert_eq!((frozen.frozen, frozen.trained), (6400 * 9 / 16, 64 * 6));
         let keep = predict(&["run.tape='keep'"], &|_| true);
+        let coded = predict(&["optimizer.moments='8bit'"], &|_| true);
+        assert_eq!(coded.moments, 6464 * 2 + 25 * 8 + 8);
         assert!(keep.activations > 5 * full.activations, "{keep:?} {full:?}");
     }
 

@@ -7,8 +7,7 @@ use half::bf16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// Numbers that a thread takes at a time.
-const PIECE: usize = 1 << 14;
+use crate::moments::{Moments, PIECE};
 
 /// The constants of AdamW. The defaults are those that IDEFICS was trained with.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -34,22 +33,6 @@ impl Default for AdamW {
 pub fn decays(name: &str) -> bool {
     const WITHOUT: [&str; 6] = ["bias", "alpha", "layernorm", "ln", "layer_norm", "perceiver_resampler"];
     !WITHOUT.iter().any(|part| name.contains(part))
-}
-
-/// First and second moment of one parameter.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Moments {
-    /// Running mean of the gradients.
-    pub first: Vec<f32>,
-    /// Running mean of their squares.
-    pub second: Vec<f32>,
-}
-
-impl Moments {
-    /// Moments before the first step.
-    pub fn new(len: usize) -> Self {
-        Self { first: vec![0.0; len], second: vec![0.0; len] }
-    }
 }
 
 /// One step of AdamW, the same for all parameters.
@@ -95,17 +78,9 @@ impl Update {
     /// Moves `values` against their gradient. `decay` as [`decays`] says.
     pub fn apply(&self, values: &mut [f32], gradient: &[f32], moments: &mut Moments, decay: Decay) {
         let factors = self.factors(decay == Decay::Yes);
-        values
-            .par_chunks_mut(PIECE)
-            .zip(gradient.par_chunks(PIECE))
-            .zip(moments.first.par_chunks_mut(PIECE).zip(moments.second.par_chunks_mut(PIECE)))
-            .for_each(|((values, gradient), (first, second))| {
-                for (((value, gradient), first), second) in
-                    values.iter_mut().zip(gradient).zip(first).zip(second)
-                {
-                    factors.apply(value, *gradient, first, second);
-                }
-            });
+        moments.change(self.step, values, gradient, |value, gradient, first, second| {
+            factors.apply(value, gradient, first, second);
+        });
     }
 }
 
@@ -150,6 +125,7 @@ pub fn round_to_bf16(values: &[f32], out: &mut [bf16]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::moments::MomentFormat;
 
     #[test]
     fn names_without_decay_are_the_reference_s() {
@@ -171,7 +147,7 @@ mod tests {
     #[test]
     fn steps_are_torch_s() {
         let mut values = TORCH_START;
-        let mut moments = Moments::new(3);
+        let mut moments = Moments::new(3, MomentFormat::F32);
         for (step, gradient) in TORCH_GRADIENTS.iter().enumerate() {
             let update =
                 Update { adamw: AdamW::default(), rate: 0.1, step: step as u64 + 1, gradient_scale: 1.0 };

@@ -1,7 +1,7 @@
 //! The weights of a model in training: some move, the others stay where the checkpoint is mapped.
 //!
 //! A weight that is trained in bf16 has an `f32` master beside it, which is what the optimiser moves; the model
-//! reads the master rounded. Gradients and moments are `f32`. A [`Model`](idefics::model::Model) is built anew
+//! reads the master rounded. Gradients are `f32`, and moments unless they are asked for in 8 bits. A [`Model`](idefics::model::Model) is built anew
 //! for each step and dropped before the update, so that the numbers can be changed where they are.
 
 use std::collections::BTreeMap;
@@ -16,7 +16,8 @@ use idefics::{
 use crate::{
     adapter::LoraLayer,
     error::TrainError,
-    optim::{AdamW, Decay, Moments, Update, decays, round_to_bf16, sum_of_squares},
+    moments::{MomentFormat, Moments},
+    optim::{AdamW, Decay, Update, decays, round_to_bf16, sum_of_squares},
     rng::mix,
 };
 
@@ -83,7 +84,8 @@ impl Parameter {
         let is_bf16 =
             precision == Precision::Bf16 || (precision == Precision::Auto && stored.dtype() == DType::Bf16);
         let decay = if decays(name) { Decay::Yes } else { Decay::No };
-        let (gradient, moments) = (Gradient::new(values.len()), Moments::new(values.len()));
+        let (gradient, moments) =
+            (Gradient::new(values.len()), Moments::new(values.len(), MomentFormat::F32));
         let shape = stored.shape().to_vec();
         let (weight, master) = if is_bf16 {
             (Weight::from_f32(values.clone(), shape).to_dtype(DType::Bf16), Some(values))
@@ -133,8 +135,9 @@ impl Parameter {
 
     /// Bytes of numbers, master, gradient and moments.
     pub fn num_bytes(&self) -> u64 {
-        let of_f32 = 3 + u64::from(self.is_rounded());
-        self.weight.bytes().len() as u64 + of_f32 * 4 * self.len() as u64
+        let len = self.len() as u64;
+        let of_f32 = 1 + u64::from(self.is_rounded());
+        self.weight.bytes().len() as u64 + of_f32 * 4 * len + self.moments.format().num_bytes(len)
     }
 
     fn update(&mut self, update: &Update) -> Result<(), SharedWeight> {
@@ -154,7 +157,7 @@ impl Parameter {
     /// Takes over numbers and moments of an earlier run; all have the parameter's length.
     pub(crate) fn restore(&mut self, values: Vec<f32>, moments: Moments) {
         let shape = self.weight.shape().to_vec();
-        assert!(values.len() == self.len() && moments.first.len() == self.len(), "lengths were compared");
+        assert!(values.len() == self.len() && moments.len() == self.len(), "lengths were compared");
         self.weight = Weight::from_f32(values.clone(), shape);
         if self.master.is_some() {
             self.weight = self.weight.to_dtype(DType::Bf16);
@@ -221,6 +224,15 @@ impl Parameters {
     pub fn with_rates(mut self, factor: impl Fn(&str) -> f64) -> Self {
         for (name, parameter) in &mut self.trained {
             parameter.rate_factor = factor(name);
+        }
+        self
+    }
+
+    /// The same with moments, as before the first step, in that format.
+    #[must_use]
+    pub fn with_moments(mut self, format: MomentFormat) -> Self {
+        for parameter in self.trained.values_mut() {
+            parameter.moments = Moments::new(parameter.len(), format);
         }
         self
     }

@@ -1,7 +1,7 @@
 //! Checkpoints of a run: a model directory that any command opens, and in `training/` what a run needs to go on.
 //!
 //! `checkpoint-00000200/` has the model as it is in use. `training/optimizer.safetensors` has the moments
-//! (`first.NAME`, `second.NAME`) and the numbers behind rounded weights (`value.NAME`), all `f32`;
+//! (`first.NAME`, `second.NAME`; in 8 bits with `scales.NAME`) and the numbers behind rounded weights (`value.NAME`);
 //! `training/state.json` has the rest. A checkpoint gets its name when all of it is on the disk, so a run can be
 //! killed at any moment.
 
@@ -24,7 +24,7 @@ use crate::{
     TrainError,
     adapter::write_adapter_files,
     error::io_error,
-    optim::Moments,
+    moments::Moments,
     packing::Position,
     parameters::{Parameter, Parameters},
 };
@@ -206,22 +206,40 @@ fn write_model(
     Ok(())
 }
 
+/// A type of numbers in a file.
+trait Number: bytemuck::Pod {
+    const DTYPE: Dtype;
+}
+
+impl Number for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+
+impl Number for i8 {
+    const DTYPE: Dtype = Dtype::I8;
+}
+
+impl Number for u8 {
+    const DTYPE: Dtype = Dtype::U8;
+}
+
 /// Numbers lent to the writer of a file.
 struct Numbers<'a> {
-    values: &'a [f32],
+    bytes: &'a [u8],
+    dtype: Dtype,
     /// One dimension: the rest follows from the weight's own shape.
     shape: [usize; 1],
 }
 
 impl<'a> Numbers<'a> {
-    fn new(values: &'a [f32]) -> Self {
-        Self { values, shape: [values.len()] }
+    fn new<T: Number>(values: &'a [T]) -> Self {
+        Self { bytes: bytemuck::cast_slice(values), dtype: T::DTYPE, shape: [values.len()] }
     }
 }
 
 impl View for Numbers<'_> {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        self.dtype
     }
 
     fn shape(&self) -> &[usize] {
@@ -229,20 +247,28 @@ impl View for Numbers<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(bytemuck::cast_slice(self.values))
+        Cow::Borrowed(self.bytes)
     }
 
     fn data_len(&self) -> usize {
-        size_of_val(self.values)
+        self.bytes.len()
     }
 }
 
 fn write_optimizer(path: &Path, parameters: &Parameters) -> Result<(), TrainError> {
     let mut tensors: Vec<(String, Numbers<'_>)> = Vec::new();
     for (name, parameter) in parameters.trained() {
-        let moments = parameter.moments();
-        tensors.push((format!("first.{name}"), Numbers::new(&moments.first)));
-        tensors.push((format!("second.{name}"), Numbers::new(&moments.second)));
+        match parameter.moments() {
+            Moments::F32 { first, second } => {
+                tensors.push((format!("first.{name}"), Numbers::new(first)));
+                tensors.push((format!("second.{name}"), Numbers::new(second)));
+            }
+            Moments::EightBit { first, second, scales } => {
+                tensors.push((format!("first.{name}"), Numbers::new(first)));
+                tensors.push((format!("second.{name}"), Numbers::new(second)));
+                tensors.push((format!("scales.{name}"), Numbers::new(scales.as_flattened())));
+            }
+        }
         if is_apart(parameters.has_lora(), parameter) {
             tensors.push((format!("value.{name}"), Numbers::new(parameter.values())));
         }
@@ -308,16 +334,32 @@ pub fn restore(path: &Path, parameters: &mut Parameters) -> Result<RunState, Tra
     let mut file = TensorFile::open(&path.join(FOLDER).join(OPTIMIZER))?;
     let mut expected = 0;
     for (name, parameter) in parameters.trained_mut() {
-        let mut read = |kind: &str| file.read(&format!("{kind}.{name}"), parameter.len());
-        let moments = Moments { first: read("first")?, second: read("second")? };
+        let len = parameter.len();
+        let moments = match parameter.moments() {
+            Moments::F32 { .. } => {
+                expected += 2;
+                Moments::F32 {
+                    first: file.read(&format!("first.{name}"), len)?,
+                    second: file.read(&format!("second.{name}"), len)?,
+                }
+            }
+            Moments::EightBit { .. } => {
+                expected += 3;
+                let scales = file.read(&format!("scales.{name}"), 2 * Moments::num_scales(len))?;
+                Moments::EightBit {
+                    first: file.read(&format!("first.{name}"), len)?,
+                    second: file.read(&format!("second.{name}"), len)?,
+                    scales: scales.as_chunks().0.to_vec(),
+                }
+            }
+        };
         let values = if is_apart(has_lora, parameter) {
             expected += 1;
-            read("value")?
+            file.read(&format!("value.{name}"), len)?
         } else {
             let weight = model.get(name).ok_or_else(|| bad(format!("there is no {name}")))?;
             weight.to_f32_vec()
         };
-        expected += 2;
         if values.len() != parameter.len() {
             return Err(bad(format!("{name}: expected {} numbers, got {}", parameter.len(), values.len())));
         }
@@ -336,8 +378,16 @@ struct TensorFile {
     file: File,
     /// First byte of the data.
     start: u64,
-    /// First byte behind `start` and number of bytes.
-    tensors: BTreeMap<String, (u64, u64)>,
+    tensors: BTreeMap<String, Place>,
+}
+
+/// Where a tensor lies in a file.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    dtype: Dtype,
+    /// First byte behind the header.
+    from: u64,
+    bytes: u64,
 }
 
 impl TensorFile {
@@ -358,24 +408,35 @@ impl TensorFile {
         let tensors = metadata
             .tensors()
             .into_iter()
-            .filter(|(_, info)| info.dtype == Dtype::F32)
             .map(|(name, info)| {
                 let (from, to) = info.data_offsets;
-                (name, (from as u64, (to - from) as u64))
+                (name, Place { dtype: info.dtype, from: from as u64, bytes: (to - from) as u64 })
             })
             .collect();
         Ok(Self { path: path.to_owned(), file, start: 8 + length, tensors })
     }
 
-    fn read(&mut self, name: &str, len: usize) -> Result<Vec<f32>, TrainError> {
+    fn read<T: Number>(&mut self, name: &str, len: usize) -> Result<Vec<T>, TrainError> {
         let bad = |reason: String| TrainError::State { path: self.path.clone(), reason };
-        let Some(&(from, bytes)) = self.tensors.get(name) else {
-            return Err(bad(format!("it trains other weights: there is no {name}")));
+        let Some(&Place { dtype, from, bytes }) = self.tensors.get(name) else {
+            let other = self.tensors.keys().any(|name| name.starts_with("scales."));
+            let wanted = name.starts_with("scales.");
+            return Err(bad(if wanted && !other {
+                "its moments are f32: `optimizer.moments` must be the same as before".to_owned()
+            } else {
+                format!("it trains other weights: there is no {name}")
+            }));
         };
-        if bytes != (len * size_of::<f32>()) as u64 {
+        if dtype != T::DTYPE {
+            let (was, is) = (dtype, T::DTYPE);
+            return Err(bad(format!(
+                "{name}: expected {is:?}, got {was:?}; `optimizer.moments` must be the same as before"
+            )));
+        }
+        if bytes != (len * size_of::<T>()) as u64 {
             return Err(bad(format!("{name}: expected {len} numbers, got {bytes} bytes")));
         }
-        let mut values = vec![0.0_f32; len];
+        let mut values = vec![T::zeroed(); len];
         self.file
             .seek(SeekFrom::Start(self.start + from))
             .and_then(|_| self.file.read_exact(bytemuck::cast_slice_mut(&mut values)))

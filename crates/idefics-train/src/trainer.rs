@@ -712,7 +712,8 @@ fn make_parameters(
             return Err(TrainError::UnusedRate { parts: rate.parts.clone() });
         }
     }
-    Ok(parameters.with_rates(|name| config.trainable.rate_factor(name)))
+    let parameters = parameters.with_rates(|name| config.trainable.rate_factor(name));
+    Ok(parameters.with_moments(config.optimizer.moments))
 }
 
 /// Factors that a run begins with.

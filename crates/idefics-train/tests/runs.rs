@@ -97,8 +97,9 @@ fn weights(path: &Path) -> Vec<u8> {
     fs::read(path.join("model.safetensors")).unwrap()
 }
 
-/// Precisions and tapes under which a run has to be the same however it is cut.
-const VARIANTS: [&[&str]; 2] = [&[], &["run.precision=bf16", "run.tape=keep", "loading.threads=1"]];
+/// Precisions, tapes and moments under which a run has to be the same however it is cut.
+const VARIANTS: [&[&str]; 3] =
+    [&[], &["run.precision=bf16", "run.tape=keep", "loading.threads=1"], &["optimizer.moments=8bit"]];
 
 #[test]
 fn a_run_that_was_stopped_anywhere_goes_on_bit_for_bit() {
@@ -177,7 +178,10 @@ fn outputs_are_not_mixed_up() {
     let other = Run { dir: run.dir, overrides: vec!["trainable.preset=frozen-backbones".to_owned()] };
     let error = other.trainer("old", Start::Resume).err().unwrap().to_string();
     assert!(error.contains("it trains other weights"), "{error}");
-    let other = Run { overrides: vec!["seed=3".to_owned()], ..other };
+    let coded = Run { overrides: vec!["optimizer.moments=8bit".to_owned()], ..other };
+    let error = coded.trainer("old", Start::Resume).err().unwrap().to_string();
+    assert!(error.contains("its moments are f32: `optimizer.moments` must be the same"), "{error}");
+    let other = Run { overrides: vec!["seed=3".to_owned()], ..coded };
     let error = other.trainer("old", Start::Resume).err().unwrap().to_string();
     assert!(error.contains("the data has changed since"), "{error}");
 }

@@ -9,7 +9,7 @@
 //! So the first block starts with most latents looking at the class token, and with what all class tokens share
 //! taken off.
 
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use anyhow::{Context, Result, ensure};
 use idefics::{
@@ -20,9 +20,15 @@ use idefics::{
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use safetensors::{Dtype, SafeTensors};
 
-use crate::{onnx::Tensor, samples::Maker, scene::Variation, steps::Folders, things::Part, vision::save};
+use crate::{
+    onnx::Tensor,
+    samples::Maker,
+    scene::Variation,
+    steps::Folders,
+    things::Part,
+    vision::{read, save},
+};
 
 /// Pictures to look at; each gives as many vectors as it has patches.
 const PICTURES: usize = 320;
@@ -50,14 +56,7 @@ type Tensors = BTreeMap<String, Tensor>;
 pub(crate) fn calibrate(folders: &Folders, directory: &Path) -> Result<()> {
     let channels = channels(folders, directory)?;
     let path = directory.join("model.safetensors");
-    let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-    let file = SafeTensors::deserialize(&bytes).with_context(|| format!("reading {}", path.display()))?;
-    let mut tensors = Tensors::new();
-    for (name, view) in file.tensors() {
-        ensure!(view.dtype() == Dtype::F32, "{name}: expected f32, got {:?}", view.dtype());
-        let data = bytemuck::pod_collect_to_vec(view.data());
-        tensors.insert(name, Tensor { shape: view.shape().to_vec(), data });
-    }
+    let mut tensors = read(&path)?;
     norms(&mut tensors, &channels)?;
     aim(&mut tensors, &channels)?;
     save(&tensors, &path)

@@ -5,6 +5,7 @@
 //! of its own and marks it as complete at the end. Nothing depends on the machine but the time.
 
 mod archive;
+mod average;
 mod calibrate;
 mod clipart;
 mod color;

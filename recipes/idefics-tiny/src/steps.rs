@@ -99,6 +99,15 @@ impl Folders {
         Ok(folder)
     }
 
+    /// The folder `name`, not there any more, for what makes it itself.
+    pub(crate) fn empty(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.work.join(name);
+        if folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("removing {}", folder.display()))?;
+        }
+        Ok(folder)
+    }
+
     pub(crate) fn packages(&self) -> PathBuf {
         self.work.join("fetch")
     }

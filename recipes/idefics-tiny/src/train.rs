@@ -1,7 +1,6 @@
 //! The stages of training, by the command `idefics` itself: `init`, `train` by the files in `stages/`, `quantize`.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -9,10 +8,13 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use idefics::{adapter::Merger, checkpoint::DType};
 
-use crate::{calibrate, steps::Folders};
+use crate::{average, calibrate, steps::Folders};
 
 /// In their order.
-const STAGES: [&str; 6] = ["1-text", "2-names", "3-joint", "4-all", "5-practice", "6-contrast"];
+const STAGES: [&str; 7] = ["1-text", "2-names", "3-joint", "4-all", "5-practice", "6-contrast", "7-reading"];
+
+/// The stage that begins with the tower's mean, and the one before it.
+const AVERAGED: (&str, &str) = ("7-reading", "6-contrast");
 
 fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
     let name = format!("idefics{}", std::env::consts::EXE_SUFFIX);
@@ -31,10 +33,7 @@ fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
 
 /// The two models with new blocks between them.
 pub(crate) fn init(folders: &Folders) -> Result<()> {
-    let out = folders.work.join("init");
-    if out.exists() {
-        fs::remove_dir_all(&out).with_context(|| format!("removing {}", out.display()))?;
-    }
+    let out = folders.empty("init")?;
     let blocks = [
         "--cross-layer-interval",
         "2",
@@ -75,6 +74,8 @@ pub(crate) fn train(folders: &Folders) -> Result<()> {
         let mut arguments = vec!["train", &*file];
         if run.exists() {
             arguments.push("--resume");
+        } else if *stage == AVERAGED.0 {
+            average::average(folders, &folders.work.join("runs").join(AVERAGED.1).join("model"))?;
         }
         idefics(folders, &arguments)
     })
@@ -82,15 +83,11 @@ pub(crate) fn train(folders: &Folders) -> Result<()> {
 
 /// The trained model in few bits.
 pub(crate) fn quantize(folders: &Folders) -> Result<()> {
-    let out = folders.work.join("idefics-tiny");
-    if out.exists() {
-        fs::remove_dir_all(&out).with_context(|| format!("removing {}", out.display()))?;
-    }
+    folders.empty("idefics-tiny")?;
     let last = folders.work.join("runs").join(STAGES[STAGES.len() - 1]).join("model");
     // Training keeps frozen weights as they came, in f32, beside trained ones in bf16. transformers cannot compute with
     // such a mixture once the matrices are packed, so that all of them get one type first.
-    let rounded = folders.make("rounded")?;
-    fs::remove_dir_all(&rounded).with_context(|| format!("removing {}", rounded.display()))?;
+    let rounded = folders.empty("rounded")?;
     Merger::open(last.as_path(), &[])?.with_dtype(DType::Bf16).write(&rounded, &mut |_| ())?;
     idefics(
         folders,

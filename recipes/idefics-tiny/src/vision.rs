@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs};
 
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
-use safetensors::{Dtype, tensor::TensorView};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::json;
 
 use crate::{
@@ -341,6 +341,18 @@ fn write(folders: &Folders, tower: &Tower) -> Result<()> {
     });
     fs::write(folder.join("config.json"), serde_json::to_string_pretty(&config)? + "\n")?;
     save(tower, &folder.join("model.safetensors"))
+}
+
+/// Tensors of `f32` safetensors.
+pub(crate) fn read(path: &std::path::Path) -> Result<BTreeMap<String, Tensor>> {
+    let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    let file = SafeTensors::deserialize(&bytes).with_context(|| format!("reading {}", path.display()))?;
+    let tensor = |(name, view): (String, TensorView<'_>)| {
+        ensure!(view.dtype() == Dtype::F32, "{name}: expected f32, got {:?}", view.dtype());
+        let data = bytemuck::pod_collect_to_vec(view.data());
+        Ok((name, Tensor { shape: view.shape().to_vec(), data }))
+    };
+    file.tensors().into_iter().map(tensor).collect()
 }
 
 /// Writes tensors as `f32` safetensors.
