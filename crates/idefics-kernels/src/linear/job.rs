@@ -30,7 +30,8 @@ const FUSED_ROWS: usize = 40;
 
 /// Rows of activations from which transposing pays, by measurement: about where arithmetic, not memory, is what a
 /// product waits for.
-pub(super) const BROADCAST_ROWS: usize = 24;
+#[cfg(target_arch = "x86_64")]
+const BROADCAST_ROWS: usize = 24;
 
 /// What all panels of one product share.
 pub(super) struct Job<'a> {
@@ -40,8 +41,6 @@ pub(super) struct Job<'a> {
     pub(super) n: usize,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) out: SharedMut<f32>,
-    /// Rows of activations from which they are transposed to be broadcast, on processors that do.
-    pub(super) broadcast_from: usize,
 }
 
 /// Activations in the form that the kernel of their product takes.
@@ -114,13 +113,11 @@ impl Job<'_> {
         if k.is_multiple_of(packed::STEP) && self.isa.tier() >= Tier::Avx512 {
             let x = packed::evens_then_odds(self.isa, x);
             let blocks = k / packed::STEP;
-            return self.fusing(compute).packed::<packed::Nf4Format, _>(compute, &x, |first, rows| {
-                packed::Nf4Rows {
-                    codes: &weight.codes[first * k / 2..(first + rows) * k / 2],
-                    scales: weight.scales.range(first * blocks, rows * blocks),
-                    map: weight.map,
-                    k,
-                }
+            return self.packed::<packed::Nf4Format, _>(compute, &x, |first, rows| packed::Nf4Rows {
+                codes: &weight.codes[first * k / 2..(first + rows) * k / 2],
+                scales: weight.scales.range(first * blocks, rows * blocks),
+                map: weight.map,
+                k,
             });
         }
         self.unpacked(compute, x, |first, out| weight.read(first * k, out));
@@ -131,12 +128,10 @@ impl Job<'_> {
         #[cfg(target_arch = "x86_64")]
         if k.is_multiple_of(packed::STEP) && self.isa.tier() >= Tier::Avx512 {
             let blocks = k / packed::STEP;
-            return self.fusing(compute).packed::<packed::Q8Format, _>(compute, x, |first, rows| {
-                packed::Q8Rows {
-                    codes: &weight.codes[first * k..(first + rows) * k],
-                    scales: &weight.scales[first * blocks..(first + rows) * blocks],
-                    k,
-                }
+            return self.packed::<packed::Q8Format, _>(compute, x, |first, rows| packed::Q8Rows {
+                codes: &weight.codes[first * k..(first + rows) * k],
+                scales: &weight.scales[first * blocks..(first + rows) * blocks],
+                k,
             });
         }
         self.unpacked(compute, x, |first, out| {
@@ -168,13 +163,6 @@ impl Job<'_> {
         }
     }
 
-    /// The same product, with as many rows kept as they are as are to meet weights that are unpacked on their way.
-    #[cfg(target_arch = "x86_64")]
-    fn fusing(&self, compute: Compute) -> Self {
-        let can = compute == Compute::F32 || self.isa.tier() == Tier::Avx512Bf16;
-        Self { broadcast_from: if can { FUSED_ROWS + 1 } else { self.broadcast_from }, ..*self }
-    }
-
     /// Packed weights on AVX-512. `rows_of(first row, number of rows)` lends a panel.
     #[cfg(target_arch = "x86_64")]
     fn packed<F, R>(&self, compute: Compute, x: &[f32], rows_of: impl Fn(usize, usize) -> R + Sync + Send)
@@ -183,17 +171,15 @@ impl Job<'_> {
         R: WeightRows<Row = F::Row>,
     {
         let has_pairs = self.isa.tier() == Tier::Avx512Bf16;
-        let is_fused = self.m <= FUSED_ROWS;
+        if self.m <= FUSED_ROWS && (compute == Compute::F32 || has_pairs) {
+            return self.fused::<F, R>(compute, x, rows_of);
+        }
         match compute {
             Compute::F32 => self.with_widened(x, |x| {
                 self.for_each_panel(|first, rows| {
                     let w = rows_of(first, rows);
-                    if let (Activations::Rows(x), true) = (x, is_fused) {
-                        // SAFETY: the tier is proven by the `Isa`; rows are whole blocks; panels do not overlap.
-                        return unsafe { x86::packed_widened::<F>(&self.panel(x, &w, first)) };
-                    }
                     scratch::with(&scratch::WIDENED, rows * self.k, |values| {
-                        // SAFETY: as above; the scratch holds all rows.
+                        // SAFETY: the tier is proven by the `Isa`; rows are whole blocks; the scratch holds all rows.
                         unsafe { packed::unpack_widened::<F>(&w, self.k, values) };
                         self.widened_panel(x, values, first, packed::ahead::<F>(&w, self.k));
                     });
@@ -202,10 +188,6 @@ impl Job<'_> {
             Compute::Bf16 | Compute::Int8 => self.with_rounded(x, |x| {
                 self.for_each_panel(|first, rows| {
                     let w = rows_of(first, rows);
-                    if let (Activations::Rows(x), true, true) = (x, is_fused, has_pairs) {
-                        // SAFETY: as above.
-                        return unsafe { x86::packed_pairs::<F>(&self.panel(x, &w, first)) };
-                    }
                     let ahead = packed::ahead::<F>(&w, self.k);
                     if has_pairs {
                         scratch::with(&scratch::ROUNDED, rows * self.k, |pairs| {
@@ -225,21 +207,47 @@ impl Job<'_> {
         }
     }
 
+    /// Few rows of activations, which meet packed weights on their way out of the packing.
+    #[cfg(target_arch = "x86_64")]
+    fn fused<F, R>(&self, compute: Compute, x: &[f32], rows_of: impl Fn(usize, usize) -> R + Sync + Send)
+    where
+        F: packed::Packed,
+        R: WeightRows<Row = F::Row>,
+    {
+        let rounded = (compute != Compute::F32).then(|| round_all(self.isa, x));
+        self.for_each_run(panel_rows(self.k), |first, rows| {
+            let w = rows_of(first, rows);
+            // SAFETY: the tier is proven by the `Isa`, and that of pairs by the caller; rows are whole blocks; panels do
+            // not overlap.
+            unsafe {
+                match &rounded {
+                    None => x86::packed_widened::<F>(&self.panel(x, &w, first)),
+                    Some(x) => x86::packed_pairs::<F>(&self.panel(x, &w, first)),
+                }
+            }
+        });
+    }
+
     /// Whether there are enough rows to transpose for.
     fn is_broadcast(&self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self.isa.tier() >= Tier::Avx512 && self.m >= self.broadcast_from;
+        return self.isa.tier() >= Tier::Avx512 && self.m >= BROADCAST_ROWS;
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
 
     /// Runs `work(first weight row, number of rows)` over all panels, in parallel.
     pub(super) fn for_each_panel(&self, work: impl Fn(usize, usize) + Sync + Send) {
-        let flops = 2 * self.m * self.n * self.k;
         #[cfg(target_arch = "x86_64")]
-        let rows = if self.is_broadcast() { broadcast::PANEL_ROWS } else { panel_rows(self.k) };
-        #[cfg(not(target_arch = "x86_64"))]
-        let rows = panel_rows(self.k);
+        if self.is_broadcast() {
+            return self.for_each_run(broadcast::PANEL_ROWS, work);
+        }
+        self.for_each_run(panel_rows(self.k), work);
+    }
+
+    /// The same over runs of `rows` weight rows, the last one shorter.
+    pub(super) fn for_each_run(&self, rows: usize, work: impl Fn(usize, usize) + Sync + Send) {
+        let flops = 2 * self.m * self.n * self.k;
         for_each(self.n.div_ceil(rows), flops, |index| {
             let first = index * rows;
             work(first, rows.min(self.n - first));

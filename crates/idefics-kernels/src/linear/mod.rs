@@ -27,7 +27,7 @@ use crate::{
     parallel::{SharedMut, filled, for_each_run},
     q8::Q8,
 };
-use job::{BROADCAST_ROWS, Job};
+use job::Job;
 
 /// A borrowed row-major weight `[N, K]`.
 #[derive(Debug, Clone, Copy)]
@@ -147,7 +147,7 @@ fn multiply(
     let compute = compute.of_dense();
     for (part, x) in x.chunks(rows * k).enumerate() {
         let (m, out) = (x.len() / k, out.behind(part * rows * n));
-        let job = Job { isa, k, m, n, bias, out, broadcast_from: BROADCAST_ROWS };
+        let job = Job { isa, k, m, n, bias, out };
         if let Some(bytes) = bytes {
             job.int8(x, bytes);
             continue;

@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn a_distribution_is_at_no_distance_from_itself() {
         let p = of(&[[0.0, -50.0, 3.0], [1e3, 0.0, -1e3]]);
-        let quality = p.compare(&p, "", "");
+        let quality = p.compare(&p, &p, "", "");
         assert_eq!((quality.mean_kl, quality.max_kl, quality.same_top), (0.0, 0.0, 1.0));
     }
 }

@@ -17,10 +17,7 @@ use std::arch::x86_64::{
 };
 
 use super::{Activations, BLOCK, Block, Bytes};
-use crate::{
-    linear::{broadcast::transpose::transpose_registers, job::Job, scratch, tile::prefetch},
-    parallel::for_each,
-};
+use crate::linear::{broadcast::transpose::transpose_registers, job::Job, scratch, tile::prefetch};
 
 /// Rows of the weight in the lanes of a register.
 const LANES: usize = 16;
@@ -93,9 +90,7 @@ unsafe impl Format for Whole {
 /// All panels of the product, in parallel.
 pub(super) fn product(job: &Job<'_>, x: &Activations, weight: Bytes<'_>) {
     let blocks = job.k / BLOCK;
-    for_each(job.n.div_ceil(ROWS), 2 * job.m * job.n * job.k, |index| {
-        let first = index * ROWS;
-        let rows = ROWS.min(job.n - first);
+    job.for_each_run(ROWS, |first, rows| {
         let (by_row, unit) = weight.scales(first, rows, job.k);
         scratch::with(&scratch::WIDENED, blocks * ROWS, |scales| {
             // [K / 64, ROWS], so that a register holds the scales of all its rows. Those past the last are not used.
