@@ -130,7 +130,9 @@ def main():
     if not model.is_file():
         write_gguf(model, arguments.layers)
     gigabytes = read_bytes(model) * 1e-9
-    rounds = {"llama.cpp Q4_0": [], "idefics NF4": []}
+    # llama.cpp rounds activations to 8 bits, as `int8` does.
+    ways = {"idefics NF4": "bf16", "idefics NF4 int8": "int8"}
+    rounds = {who: [] for who in ["llama.cpp Q4_0", *ways]}
     with tempfile.TemporaryDirectory() as directory:
         config, script = Path(directory, "config.json"), Path(directory, "time.mjs")
         config.write_text(json.dumps(our_config(arguments.layers)))
@@ -143,14 +145,16 @@ def main():
             rounds["llama.cpp Q4_0"].append({
                 "prompt tokens/s": arguments.tokens / theirs["prefill"], "decode tokens/s": 1 / theirs["step"],
                 "decode GB/s": gigabytes / theirs["step"]})
-            ours = json.loads(subprocess.run(
-                [arguments.binary, "bench", "--shape", config, "--format", "nf4", "--prefill", str(arguments.tokens),
-                 "--batches", "1", "--images", "0", "--rounds", "1", "--threads", str(arguments.threads), "--json"],
-                check=True, capture_output=True, text=True).stdout)
-            rounds["idefics NF4"].append({
-                "prompt tokens/s": ours["prefill"][0]["tokens_per_s"],
-                "decode tokens/s": ours["decode"][0]["tokens_per_s"],
-                "decode GB/s": ours["decode"][0]["weight_gb_per_s"]})
+            for who, dtype in ways.items():
+                ours = json.loads(subprocess.run(
+                    [arguments.binary, "bench", "--shape", config, "--format", "nf4", "--dtype", dtype,
+                     "--prefill", str(arguments.tokens), "--batches", "1", "--images", "0", "--rounds", "1",
+                     "--threads", str(arguments.threads), "--json"],
+                    check=True, capture_output=True, text=True).stdout)
+                rounds[who].append({
+                    "prompt tokens/s": ours["prefill"][0]["tokens_per_s"],
+                    "decode tokens/s": ours["decode"][0]["tokens_per_s"],
+                    "decode GB/s": ours["decode"][0]["weight_gb_per_s"]})
     if not arguments.keep:
         model.unlink()
     medians = {who: {what: statistics.median(found[what] for found in all_found) for what in all_found[0]}
@@ -158,9 +162,10 @@ def main():
     if arguments.json:
         print(json.dumps(medians))
         return
-    theirs, ours = medians.values()
+    theirs = medians["llama.cpp Q4_0"]
     for what, value in theirs.items():
-        print(f"{what:18} llama.cpp Q4_0 {value:8.2f}   idefics NF4 {ours[what]:8.2f} ({ours[what] / value:.2f}x)")
+        cells = [f"{who} {medians[who][what]:8.2f} ({medians[who][what] / value:.2f}x)" for who in ways]
+        print(f"{what:18} llama.cpp Q4_0 {value:8.2f}   {'   '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -101,11 +101,11 @@ def reference_round(model, tokens, steps, products):
     return found
 
 
-def our_round(binary, shape, layers, tokens, form):
+def our_round(binary, shape, layers, tokens, form, dtype):
     """The same of `idefics bench` at one round."""
     report = json.loads(subprocess.run(
-        [binary, "bench", "--shape", shape, "--format", form, "--layers", str(layers), "--prefill", str(tokens),
-         "--batches", "1", "--images", "1", "--rounds", "1", "--json"],
+        [binary, "bench", "--shape", shape, "--format", form, "--dtype", dtype, "--layers", str(layers),
+         "--prefill", str(tokens), "--batches", "1", "--images", "1", "--rounds", "1", "--json"],
         check=True, capture_output=True, text=True).stdout)
     found = {f"product {p['m']}x{p['n']}x{p['k']}": p["gflops"] for p in report["products"]}
     found["vision"] = report["vision"]["seconds_per_image"]
@@ -131,23 +131,24 @@ def main():
 
     torch.manual_seed(0)
     dense = reference_model(arguments.shape, arguments.layers)
-    rounds = {"transformers bf16": [], "idefics bf16": [], "idefics nf4": []}
+    ways = {"idefics bf16": ("bf16", "bf16"), "idefics nf4": ("nf4", "bf16"), "idefics nf4 int8": ("nf4", "int8")}
+    rounds = {who: [] for who in ["transformers bf16", *ways]}
 
-    def ours(form):
-        rounds[f"idefics {form}"].append(
-            our_round(arguments.binary, arguments.shape, arguments.layers, arguments.tokens, form))
+    def ours(who):
+        rounds[who].append(
+            our_round(arguments.binary, arguments.shape, arguments.layers, arguments.tokens, *ways[who]))
 
     with torch.inference_mode():
         for _ in range(arguments.rounds):
             rounds["transformers bf16"].append(reference_round(dense, arguments.tokens, arguments.steps, PRODUCTS))
-            ours("bf16")
-            ours("nf4")
+            for who in ways:
+                ours(who)
         if arguments.nf4:
             model = packed(dense)  # both do not fit
             rounds["transformers nf4"] = []
             for _ in range(arguments.rounds):
                 rounds["transformers nf4"].append(reference_round(model, arguments.tokens, arguments.steps, []))
-                ours("nf4")
+                ours("idefics nf4")
     medians = {who: {what: statistics.median(found[what] for found in all_found) for what in all_found[0]}
                for who, all_found in rounds.items()}
     if arguments.json:

@@ -159,35 +159,55 @@ fn each(
 }
 
 fn decode(first: &[i8], second: &[u8], scales: [f32; 2], wide_first: &mut [f32], wide_second: &mut [f32]) {
+    // What a code of one stands for.
+    let (unit, square_unit) = (scales[0] / 127.0 / 127.0, scales[1] / 255.0 / 255.0 / 255.0 / 255.0);
     for (wide, code) in wide_first.iter_mut().zip(first) {
-        let share = f32::from(*code) / 127.0;
-        *wide = share * share.abs() * scales[0];
+        let root = f32::from(*code);
+        *wide = root * root.abs() * unit;
     }
     for (wide, code) in wide_second.iter_mut().zip(second) {
-        let share = (f32::from(*code) / 255.0).powi(2);
-        *wide = share * share * scales[1];
+        let square = f32::from(*code) * f32::from(*code);
+        *wide = square * square * square_unit;
     }
 }
 
 /// Writes codes and returns their scales.
 fn encode(first: &[f32], second: &[f32], seed: u64, codes: &mut [i8], squares: &mut [u8]) -> [f32; 2] {
-    let largest = |values: &[f32]| values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
     let scales = [largest(first), largest(second)];
     // Where all numbers are too small for an inverse, they are nothing.
     let [inverse, inverse_square] =
         scales.map(|scale| if scale > f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 });
     for (index, (code, value)) in codes.iter_mut().zip(first).enumerate() {
-        let share = (value.abs() * inverse).sqrt() * 127.0;
-        let magnitude = (share + draw(seed, index)).floor().min(127.0);
-        *code = magnitude.copysign(*value) as i8;
+        let magnitude = whole((value.abs() * inverse).sqrt() * 127.0 + draw(seed, index), 0.0, 127.0) as i8;
+        *code = if *value < 0.0 { -magnitude } else { magnitude };
     }
     for (index, (code, value)) in squares.iter_mut().zip(second).enumerate() {
-        let share = (value * inverse_square).sqrt().sqrt() * 255.0;
         // What divides a step is never rounded to nothing.
         let least = if *value > 0.0 { 1.0 } else { 0.0 };
-        *code = (share + draw(!seed, index)).floor().clamp(least, 255.0) as u8;
+        *code = whole((value * inverse_square).sqrt().sqrt() * 255.0 + draw(!seed, index), least, 255.0);
     }
     scales
+}
+
+/// The whole part of a number that is not negative, held between two bounds.
+#[inline]
+fn whole(value: f32, least: f32, most: f32) -> u8 {
+    /// Added to a number below 2^22 it leaves the nearest whole one in the low bits: `floor` is a call.
+    const ROUNDING: f32 = 12_582_912.0;
+    ((value - 0.5).max(least).min(most) + ROUNDING).to_bits() as u8
+}
+
+/// The largest magnitude, by lanes that do not wait for each other.
+fn largest(values: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = values.as_chunks::<16>();
+    let mut lanes = [0.0f32; 16];
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, value.abs());
+        }
+    }
+    lanes.into_iter().chain(rest.iter().map(|value| value.abs())).fold(0.0, larger)
 }
 
 /// A number in [0, 1) that follows from a seed and a place.
