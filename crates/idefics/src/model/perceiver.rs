@@ -155,8 +155,7 @@ impl Block {
         let latents = ops::add(&self.output_proj.forward(ctx, &attended)?, latents)?;
 
         let inner = self.fc.forward(ctx, &self.ln.forward(ctx, &latents)?)?; // [N·L, 4E]
-        let inner = ops::activate(ctx, Activation::Relu, &inner)?;
-        ops::add(&self.c_proj.forward(ctx, &inner)?, &latents)
+        ops::add(&self.c_proj.forward_activated(ctx, Activation::Relu, &inner)?, &latents)
     }
 }
 

@@ -243,8 +243,7 @@ impl Layer {
         let x = ops::add(x, &self.out_proj.forward(ctx, &attended)?)?;
 
         let inner = self.fc1.forward(ctx, &self.layer_norm2.forward(ctx, &x)?)?; // [ΣP, F]
-        let inner = ops::activate(ctx, self.activation, &inner)?;
-        ops::add(&x, &self.fc2.forward(ctx, &inner)?)
+        ops::add(&x, &self.fc2.forward_activated(ctx, self.activation, &inner)?)
     }
 }
 

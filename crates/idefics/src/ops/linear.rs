@@ -2,9 +2,15 @@
 
 use std::sync::Arc;
 
-use idefics_kernels::{Matrix, backward, linear::product};
+use idefics_kernels::{
+    Matrix, backward,
+    elementwise::{self, Activation},
+    linear::product,
+};
 
-use super::{Context, Gradient, Result, Tensor, add_times, dims2, dropout::dropout, message, record, tensor};
+use super::{
+    Context, Gradient, Result, Tensor, activate, add_times, dims2, dropout::dropout, message, record, tensor,
+};
 use crate::checkpoint::{DType, LinearWeight, PackedWeight, Weight};
 
 /// `x · Wᵀ + b` with `W` of `[N, K]`, and what low-rank factors add to it.
@@ -83,11 +89,7 @@ impl Linear {
 
     /// `[T, K] -> [T, N]`.
     pub fn forward(&self, ctx: Context, x: &Tensor) -> Result<Tensor> {
-        let (n, k) = self.extents()?;
-        let (rows, width) = dims2(x)?;
-        if width != k {
-            return Err(message(format!("linear: rows of {k} expected, got {width}")));
-        }
+        let (rows, n, k) = self.check(x)?;
         let bias = self.bias.as_deref();
         let y = product(ctx.isa, ctx.compute, &x.elements()?, matrix(&self.weight), k, bias);
         let (weight, gradients, kept) = (self.weight.clone(), self.gradients.clone(), x.without_tape());
@@ -106,6 +108,42 @@ impl Linear {
             y = add_times(ctx, &y, &b.forward(ctx, &inner)?, scale)?;
         }
         Ok(y)
+    }
+
+    /// The same of `activation(x)`, which is computed again on the way back instead of being kept: in a vision tower
+    /// it is a sixth of what a tape keeps.
+    pub fn forward_activated(&self, ctx: Context, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        if !self.low_rank.is_empty() {
+            // Factors read it, too.
+            return self.forward(ctx, &activate(ctx, activation, x)?);
+        }
+        let (rows, n, k) = self.check(x)?;
+        let inner = elementwise::activate(ctx.isa, activation, &x.elements()?);
+        let y = product(ctx.isa, ctx.compute, &inner, matrix(&self.weight), k, self.bias.as_deref());
+        let (layer, kept) = (self.clone(), x.without_tape());
+        let trains = self.gradients.weight.is_some() || self.gradients.bias.is_some();
+        Ok(record(&[x], tensor(y, &[rows, n])?, trains, move |dy, slopes| {
+            let x = kept.elements()?;
+            if trains {
+                layer.gradients.add(ctx, &elementwise::activate(ctx.isa, activation, &x), &dy, k);
+            }
+            if slopes.wants(0) {
+                let mut dx = backward::linear_input(ctx.isa, ctx.compute, &dy, matrix(&layer.weight), k);
+                backward::activate(ctx.isa, activation, &x, &mut dx);
+                slopes.add(0, dx);
+            }
+            Ok(())
+        }))
+    }
+
+    /// The rows of `x`, `N` and `K`, if they fit together.
+    fn check(&self, x: &Tensor) -> Result<(usize, usize, usize)> {
+        let ((n, k), (rows, width)) = (self.extents()?, dims2(x)?);
+        if width == k {
+            Ok((rows, n, k))
+        } else {
+            Err(message(format!("linear: rows of {k} expected, got {width}")))
+        }
     }
 
     /// The gradient of `x` `[T, K]` from that of the output, `dy` `[T, N]`, without a tape; gradients of trained
