@@ -15,9 +15,9 @@ use crate::{
     vision::{read, save},
 };
 
-/// Writes the model in `from` into the folder `averaged`, as `f32`, with that tower.
-pub(crate) fn average(folders: &Folders, from: &Path) -> Result<()> {
-    let out = folders.empty("averaged")?;
+/// Writes the model in `from` into the folder `to`, as `f32`; `share` of its tower is that which training began with.
+pub(crate) fn average(folders: &Folders, from: &Path, share: f32, to: &str) -> Result<()> {
+    let out = folders.empty(to)?;
     Merger::open(from, &[])?.with_dtype(DType::F32).write(&out, &mut |_| ())?;
     let path = out.join("model.safetensors");
     let mut model = read(&path)?;
@@ -26,7 +26,7 @@ pub(crate) fn average(folders: &Folders, from: &Path) -> Result<()> {
         let Some(tuned) = model.get_mut(&format!("model.{name}")) else { continue };
         ensure!(tuned.shape == origin.shape, "{name}: {:?} and {:?}", tuned.shape, origin.shape);
         for (tuned, origin) in tuned.data.iter_mut().zip(origin.data) {
-            *tuned = f32::midpoint(*tuned, origin);
+            *tuned += share * (origin - *tuned);
         }
     }
     save(&model, &path)

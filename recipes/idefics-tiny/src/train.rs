@@ -11,10 +11,22 @@ use idefics::{adapter::Merger, checkpoint::DType};
 use crate::{average, calibrate, steps::Folders};
 
 /// In their order.
-const STAGES: [&str; 7] = ["1-text", "2-names", "3-joint", "4-all", "5-practice", "6-contrast", "7-reading"];
+const STAGES: [&str; 9] = [
+    "1-text",
+    "2-names",
+    "3-joint",
+    "4-all",
+    "5-practice",
+    "6-contrast",
+    "7-reading",
+    "8-together",
+    "9-settle",
+];
 
-/// The stage that begins with the tower's mean, and the one before it.
-const AVERAGED: (&str, &str) = ("7-reading", "6-contrast");
+/// Stages that begin with another tower than the one before had: the stage, the one before, how much of the tower that
+/// training began with is in it, and the folder it is written to.
+const AVERAGED: [(&str, &str, f32, &str); 2] =
+    [("7-reading", "6-contrast", 0.5, "averaged"), ("9-settle", "8-together", 0.25, "averaged-again")];
 
 fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
     let name = format!("idefics{}", std::env::consts::EXE_SUFFIX);
@@ -74,8 +86,8 @@ pub(crate) fn train(folders: &Folders) -> Result<()> {
         let mut arguments = vec!["train", &*file];
         if run.exists() {
             arguments.push("--resume");
-        } else if *stage == AVERAGED.0 {
-            average::average(folders, &folders.work.join("runs").join(AVERAGED.1).join("model"))?;
+        } else if let Some((_, before, share, to)) = AVERAGED.iter().find(|(of, ..)| of == stage) {
+            average::average(folders, &folders.work.join("runs").join(before).join("model"), *share, to)?;
         }
         idefics(folders, &arguments)
     })

@@ -55,13 +55,6 @@ pub enum Compute {
     Int8,
 }
 
-impl Compute {
-    /// What products are computed in where no weight is packed, gradients for one.
-    pub fn of_dense(self) -> Self {
-        if self == Self::Int8 { Self::Bf16 } else { self }
-    }
-}
-
 impl Matrix<'_> {
     /// Number of elements.
     pub fn len(&self) -> usize {
@@ -144,7 +137,6 @@ fn multiply(
     }
     let rows = rows_at_once(m, k);
     let bytes = if compute == Compute::Int8 { int8::Bytes::of(weight, k) } else { None };
-    let compute = compute.of_dense();
     for (part, x) in x.chunks(rows * k).enumerate() {
         let (m, out) = (x.len() / k, out.behind(part * rows * n));
         let job = Job { isa, k, m, n, bias, out };

@@ -111,11 +111,10 @@ pub(crate) fn format_of(name: &str) -> anyhow::Result<Format> {
 /// What products with weights of `format` are computed in, unless `name` says so.
 pub(crate) fn compute_of(name: Option<&str>, format: Format) -> anyhow::Result<Compute> {
     Ok(match name {
-        Some("f32") => Compute::F32,
-        Some("bf16") => Compute::Bf16,
-        Some("int8") => Compute::Int8,
         None if format == Format::F32 => Compute::F32,
-        None => Compute::Bf16,
+        None | Some("bf16") => Compute::Bf16,
+        Some("f32") => Compute::F32,
+        Some("int8") => Compute::Int8,
         Some(other) => bail!("--dtype: expected f32, bf16 or int8, got `{other}`"),
     })
 }
