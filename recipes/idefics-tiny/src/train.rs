@@ -11,22 +11,16 @@ use idefics::{adapter::Merger, checkpoint::DType};
 use crate::{average, calibrate, steps::Folders};
 
 /// In their order.
-const STAGES: [&str; 9] = [
-    "1-text",
-    "2-names",
-    "3-joint",
-    "4-all",
-    "5-practice",
-    "6-contrast",
-    "7-reading",
-    "8-together",
-    "9-settle",
-];
+const STAGES: [&str; 8] =
+    ["1-text", "2-names", "3-joint", "4-all", "5-practice", "6-contrast", "7-reading", "8-together"];
 
-/// Stages that begin with another tower than the one before had: the stage, the one before, how much of the tower that
-/// training began with is in it, and the folder it is written to.
-const AVERAGED: [(&str, &str, f32, &str); 2] =
-    [("7-reading", "6-contrast", 0.5, "averaged"), ("9-settle", "8-together", 0.25, "averaged-again")];
+/// The stage that begins with a mean of towers, and the one before it.
+const AVERAGED: (&str, &str) = ("7-reading", "6-contrast");
+
+/// How much of the tower that training began with is in that of the stage which is averaged.
+const SHARE: f32 = 0.5;
+/// The same in the model that ships, whose reader will not learn its tower anew.
+const LAST_SHARE: f32 = 0.25;
 
 fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
     let name = format!("idefics{}", std::env::consts::EXE_SUFFIX);
@@ -78,7 +72,7 @@ pub(crate) fn init(folders: &Folders) -> Result<()> {
 pub(crate) fn train(folders: &Folders) -> Result<()> {
     STAGES.iter().try_for_each(|stage| {
         let run = folders.work.join("runs").join(stage);
-        if run.join("model").exists() {
+        if model_of(folders, stage).exists() {
             return Ok(());
         }
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("stages").join(format!("{stage}.toml"));
@@ -86,21 +80,29 @@ pub(crate) fn train(folders: &Folders) -> Result<()> {
         let mut arguments = vec!["train", &*file];
         if run.exists() {
             arguments.push("--resume");
-        } else if let Some((_, before, share, to)) = AVERAGED.iter().find(|(of, ..)| of == stage) {
-            average::average(folders, &folders.work.join("runs").join(before).join("model"), *share, to)?;
+        } else if *stage == AVERAGED.0 {
+            average::average(folders, &model_of(folders, AVERAGED.1), SHARE, "averaged")?;
         }
         idefics(folders, &arguments)
     })
 }
 
+/// What a stage made.
+fn model_of(folders: &Folders, stage: &str) -> PathBuf {
+    folders.work.join("runs").join(stage).join("model")
+}
+
 /// The trained model in few bits.
 pub(crate) fn quantize(folders: &Folders) -> Result<()> {
     folders.empty("idefics-tiny")?;
-    let last = folders.work.join("runs").join(STAGES[STAGES.len() - 1]).join("model");
+    let last = model_of(folders, STAGES[STAGES.len() - 1]);
+    average::average(folders, &last, LAST_SHARE, "averaged-again")?;
     // Training keeps frozen weights as they came, in f32, beside trained ones in bf16. transformers cannot compute with
     // such a mixture once the matrices are packed, so that all of them get one type first.
     let rounded = folders.empty("rounded")?;
-    Merger::open(last.as_path(), &[])?.with_dtype(DType::Bf16).write(&rounded, &mut |_| ())?;
+    Merger::open(folders.work.join("averaged-again"), &[])?
+        .with_dtype(DType::Bf16)
+        .write(&rounded, &mut |_| ())?;
     idefics(
         folders,
         &[
