@@ -363,11 +363,21 @@ pub struct LoadingConfig {
     pub max_broken: f64,
     /// Most samples of each source that are checked before the run begins.
     pub check: u64,
+    /// Memory for what a frozen tower makes of pictures, in GB (10⁹ bytes): a picture that comes again is not read
+    /// again.
+    pub image_cache_gb: f64,
 }
 
 impl Default for LoadingConfig {
     fn default() -> Self {
-        Self { threads: 2, ahead: 64, max_broken: 0.01, check: 50_000 }
+        Self { threads: 2, ahead: 64, max_broken: 0.01, check: 50_000, image_cache_gb: 0.0 }
+    }
+}
+
+impl LoadingConfig {
+    /// Bytes of the memory for pictures that were read.
+    pub fn kept_image_bytes(&self) -> usize {
+        (self.image_cache_gb * 1e9) as usize
     }
 }
 
@@ -511,6 +521,14 @@ impl TrainConfig {
             "a share from 0 to 1",
             &self.loading.max_broken,
         )?;
+        let cache = self.loading.image_cache_gb;
+        check(rate(cache), "loading.image_cache_gb", "a number that is not negative", &cache)?;
+        check(
+            cache == 0.0 || self.augment.is_none(),
+            "loading.image_cache_gb",
+            "0 with `augment`, which shows no picture twice",
+            &cache,
+        )?;
         if let Some(lora) = &self.lora {
             check(lora.r > 0, "lora.r", "at least 1", &0)?;
             check(lora.alpha.is_finite(), "lora.alpha", "a number", &lora.alpha)?;
@@ -618,6 +636,10 @@ mod tests {
         check(
             "[[trainable.rates]]\nparts = ['vision']\nfactor = -1.0\n",
             "trainable.rates.factor: expected a number that is not negative, got -1",
+        );
+        check(
+            "[loading]\nimage_cache_gb = 1.0\n[augment]\n",
+            "loading.image_cache_gb: expected 0 with `augment`",
         );
         let neither = parse(&SHORTEST.replace("steps = 10", ""), &[]).unwrap_err();
         assert_eq!(neither, "run: expected either `steps` or `epochs`, got neither");

@@ -75,6 +75,12 @@ pub enum TrainError {
         /// The parts of the names.
         parts: Vec<String>,
     },
+    /// Room for pictures that a tower has read, where the next step would read them otherwise.
+    #[error("loading.image_cache_gb: expected 0 where the vision tower is trained, as {trained} is")]
+    TrainedTower {
+        /// A weight of it.
+        trained: String,
+    },
     /// The tokenizer has ids that the model has no rows for.
     #[error("the tokenizer has {tokenizer} token ids, but the model has embeddings for {model}")]
     Vocabulary {

@@ -2,7 +2,7 @@
 
 use idefics::{
     config::IdeficsConfig,
-    model::{LossOptions, Model, ModelError, Tape, TrainingSequence},
+    model::{KeptImages, LossOptions, Model, ModelError, Tape, TrainingSequence},
     ops::{Context, LossSum},
 };
 
@@ -18,6 +18,8 @@ pub struct Learner {
     pub ctx: Context,
     /// How weights move.
     pub rules: StepRules,
+    /// Pictures that a frozen tower has read.
+    pub kept_images: KeptImages,
 }
 
 /// How weights move, besides the learning rate.
@@ -66,7 +68,8 @@ impl Learner {
             // A model is made for each pass: it is cheap, and it is gone before the weights move.
             let weights = self.parameters.learning(step, pass as u64);
             let model = Model::new(self.config.clone(), weights, self.ctx);
-            let sum = model.and_then(|model| model.accumulate_gradients(batch, &options));
+            let sum = model
+                .and_then(|model| model.accumulate_gradients_with(batch, &options, &mut self.kept_images));
             self.parameters.rest();
             loss.add(&sum?);
         }

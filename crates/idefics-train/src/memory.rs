@@ -54,6 +54,8 @@ pub struct Prediction {
     pub moments: u64,
     /// What the largest pass keeps.
     pub activations: u64,
+    /// What a frozen tower has made of pictures, when its place is full.
+    pub images: u64,
 }
 
 impl Prediction {
@@ -84,12 +86,19 @@ impl Prediction {
                 moments += format.num_bytes(len);
             }
         }
-        Self { frozen, trained, gradients: elements * F32, moments, activations: activations(work) }
+        Self {
+            frozen,
+            trained,
+            gradients: elements * F32,
+            moments,
+            activations: activations(work),
+            images: work.config.loading.kept_image_bytes() as u64,
+        }
     }
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.frozen + self.trained + self.gradients + self.moments + self.activations
+        self.frozen + self.trained + self.gradients + self.moments + self.activations + self.images
     }
 
     /// Refuses what will not fit, with numbers.
@@ -104,7 +113,7 @@ impl Prediction {
         if self.total() <= available {
             return Ok(());
         }
-        let Self { frozen, trained, gradients, moments, activations } = *self;
+        let Self { frozen, trained, gradients, moments, activations, images } = *self;
         let parts = [
             (frozen, "frozen weights, which `quantize` packs"),
             (
@@ -112,6 +121,7 @@ impl Prediction {
                 "trained weights, of which `lora` has far fewer (`optimizer.moments = \"8bit\"` has smaller moments)",
             ),
             (activations, "the largest pass, which `batch.tokens` and `batch.images` bound"),
+            (images, "pictures that were read, which `loading.image_cache_gb` bounds"),
         ];
         let (bytes, largest) = parts.into_iter().max_by_key(|(bytes, _)| *bytes).unwrap_or_default();
         Err(TrainError::Memory {
@@ -234,6 +244,7 @@ mod tests {
             gradients: 20_000_000_000,
             moments: 40_000_000_000,
             activations: 500_000_000,
+            images: 0,
         };
         assert!(prediction.check_against(100_000_000_000).is_ok());
         let error = prediction.check_against(24_000_000_000).unwrap_err().to_string();

@@ -19,7 +19,7 @@ use idefics::{
     checkpoint::{Checkpoint, DType, Weights},
     config::IdeficsConfig,
     generate::{GenerationConfig, generate},
-    model::TrainingSequence,
+    model::{KeptImages, TrainingSequence},
     ops::{Compute, Context, Isa, LossSum},
     processor::{AddEndOfUtterance, ImageSource, ProcessOptions, Processor},
     quantize::quantize_weights,
@@ -204,8 +204,14 @@ impl Trainer {
             total_steps,
         };
         Ok(Self {
+            learner: Learner {
+                parameters,
+                config: source.config.clone(),
+                ctx,
+                rules,
+                kept_images: KeptImages::new(config.loading.kept_image_bytes()),
+            },
             config,
-            learner: Learner { parameters, config: source.config.clone(), ctx, rules },
             source,
             lora,
             processor,
@@ -706,6 +712,10 @@ fn make_parameters(
     }
     if parameters.num_trained() == 0 {
         return Err(TrainError::NothingTrained);
+    }
+    let of_tower = parameters.trained().find(|(name, _)| name.starts_with("model.vision_model."));
+    if let (Some((name, _)), true) = (of_tower, config.loading.image_cache_gb > 0.0) {
+        return Err(TrainError::TrainedTower { trained: name.to_owned() });
     }
     for rate in &config.trainable.rates {
         if !parameters.trained().any(|(name, _)| rate.fits(name)) {

@@ -6,7 +6,7 @@ use idefics::{
     adapter::Adapter,
     checkpoint::Checkpoint,
     config::IdeficsConfig,
-    model::{Tape, TrainingSequence},
+    model::{KeptImages, Tape, TrainingSequence},
     ops::{Compute, Context, Isa},
     processor::PixelValues,
 };
@@ -53,6 +53,7 @@ fn learner_of(parameters: Parameters, config: IdeficsConfig, tape: Tape) -> Lear
         config,
         ctx: Context { isa: Isa::best(), compute: Compute::F32 },
         rules: StepRules { adamw: AdamW::default(), clip_norm: 1.0, z_loss: 0.0, tape },
+        kept_images: KeptImages::new(0),
     }
 }
 

@@ -151,8 +151,12 @@ fn describe(trainer: &Trainer) {
         eprintln!("longest sequence: {tokens} tokens, {images} pictures");
     }
     let memory = trainer.memory();
+    let images = match memory.images {
+        0 => String::new(),
+        bytes => format!(" + up to {} pictures that were read", gigabytes(bytes)),
+    };
     eprintln!(
-        "memory: {} = {} frozen + {} trained + {} gradients + {} moments + {} for the largest pass (estimated)",
+        "memory: {} = {} frozen + {} trained + {} gradients + {} moments + {} for the largest pass (estimated){images}",
         gigabytes(memory.total()),
         gigabytes(memory.frozen),
         gigabytes(memory.trained),

@@ -7,7 +7,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use super::{Model, ModelError, decoder::Positions, unobserved, vision::VisionTape};
+use super::{KeptImages, Model, ModelError, OtherSizes, decoder::Positions, unobserved, vision::VisionTape};
 use crate::{
     ops::{self, AttentionGroup, Input, LossSum, Segment, Tensor, Visible, next_token_loss},
     processor::PixelValues,
@@ -74,6 +74,17 @@ impl Model {
         batch: &[TrainingSequence],
         options: &LossOptions,
     ) -> Result<LossSum, ModelError> {
+        self.accumulate_gradients_with(batch, options, &mut KeptImages::new(0))
+    }
+
+    /// As [`accumulate_gradients`](Self::accumulate_gradients), with the same bits, reading pictures that a frozen
+    /// tower has read before from `kept`. Those that are new are added to it.
+    pub fn accumulate_gradients_with(
+        &self,
+        batch: &[TrainingSequence],
+        options: &LossOptions,
+        kept: &mut KeptImages,
+    ) -> Result<LossSum, ModelError> {
         let packed = self.pack(batch)?;
         if packed.targets.is_empty() {
             return Ok(LossSum::default());
@@ -81,7 +92,7 @@ impl Model {
         let ctx = self.context();
         let keeps = options.tape == Tape::Keep;
 
-        let images = ImageTape::forward(self, &packed.images, options.tape)?;
+        let images = ImageTape::forward(self, &packed.images, options.tape, kept)?;
         let seen = packed.seen(&images.lengths);
         let image_states = images.hidden.as_ref();
 
@@ -309,35 +320,44 @@ struct ImageTape<'a> {
 }
 
 impl<'a> ImageTape<'a> {
-    fn forward(model: &'a Model, images: &[Arc<PixelValues>], tape: Tape) -> Result<Self, ModelError> {
+    fn forward(
+        model: &'a Model,
+        images: &[Arc<PixelValues>],
+        tape: Tape,
+        kept: &mut KeptImages,
+    ) -> Result<Self, ModelError> {
         let ctx = model.context();
         if images.is_empty() {
             return Ok(Self { model, vision: None, perceiver: None, hidden: None, lengths: Vec::new() });
         }
         let images: Vec<&PixelValues> = images.iter().map(AsRef::as_ref).collect();
-        let (seen, vision) = model.vision.forward_for_training(ctx, &images, tape)?;
+        let trained_perceiver = model.perceiver.as_ref().filter(|perceiver| perceiver.is_trained);
+        if !model.vision.is_trained() && trained_perceiver.is_none() {
+            let (hidden, lengths) = kept.of(&images, |images| frozen_states(model, images))?;
+            return Ok(Self { model, vision: None, perceiver: None, hidden: Some(hidden), lengths });
+        }
+        let (seen, patches, vision) = if model.vision.is_trained() {
+            let (seen, vision) = model.vision.forward_for_training(ctx, &images, tape)?;
+            (seen.hidden, seen.lengths, Some(vision))
+        } else {
+            let (seen, patches) = kept.of(&images, |images| frozen_tower(model, images))?;
+            (seen, patches, None)
+        }; // [ΣP, E]
         let Some(perceiver) = &model.perceiver else {
-            let hidden = Some(seen.hidden);
-            return Ok(Self { model, vision: Some(vision), perceiver: None, hidden, lengths: seen.lengths });
+            return Ok(Self { model, vision, perceiver: None, hidden: Some(seen), lengths: patches });
         };
         let latents = perceiver.latents();
         let lengths = vec![latents.len(); images.len()];
-        let patches = seen.lengths;
-        if !perceiver.is_trained && !vision.is_needed() {
-            let hidden = Some(perceiver.forward(ctx, &seen.hidden, &patches, &mut unobserved)?);
-            return Ok(Self { model, vision: None, perceiver: None, hidden, lengths });
-        }
-        let inputs =
-            [(seen.hidden, followed_if(vision.is_needed())), (latents.to_tensor()?, Input::Followed)];
+        let inputs = [(seen, followed_if(vision.is_some())), (latents.to_tensor()?, Input::Followed)];
         let (segment, hidden) = Segment::forward(&inputs, tape == Tape::Keep, move |x| {
             perceiver.forward_from(ctx, &x[0], &x[1], &patches, &mut unobserved)
         })?;
-        Ok(Self { model, vision: Some(vision), perceiver: Some(segment), hidden: Some(hidden), lengths })
+        Ok(Self { model, vision, perceiver: Some(segment), hidden: Some(hidden), lengths })
     }
 
     /// Whether anything that made the states is trained.
     fn is_trained(&self) -> bool {
-        self.perceiver.is_some() || self.vision.as_ref().is_some_and(VisionTape::is_needed)
+        self.perceiver.is_some() || self.vision.is_some()
     }
 
     /// Takes the gradient of the states `[ΣL, E]` back to the weights.
@@ -350,9 +370,23 @@ impl<'a> ImageTape<'a> {
                 perceiver.latents().add_gradient(&latents)?;
             }
         }
-        match self.vision.filter(VisionTape::is_needed) {
+        match self.vision {
             Some(vision) => vision.backward(asked_for(dy)),
             None => Ok(()),
         }
     }
+}
+
+/// What a tower without trained weights makes of pictures: `[ΣP, E]`, and how many vectors each has.
+fn frozen_tower(model: &Model, images: &[&PixelValues]) -> Result<(Tensor, Vec<usize>), ModelError> {
+    let seen = model.vision.forward(model.context(), images, OtherSizes::Refuse, &mut unobserved)?;
+    Ok((seen.hidden, seen.lengths))
+}
+
+/// The same after a resampler without trained weights, if the model has one.
+fn frozen_states(model: &Model, images: &[&PixelValues]) -> Result<(Tensor, Vec<usize>), ModelError> {
+    let (seen, patches) = frozen_tower(model, images)?;
+    let Some(perceiver) = &model.perceiver else { return Ok((seen, patches)) };
+    let hidden = perceiver.forward(model.context(), &seen, &patches, &mut unobserved)?;
+    Ok((hidden, vec![perceiver.latents().len(); images.len()]))
 }

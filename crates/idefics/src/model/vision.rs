@@ -80,6 +80,13 @@ impl VisionTransformer {
         })
     }
 
+    /// Whether any of its weights is trained.
+    pub(super) fn is_trained(&self) -> bool {
+        self.embeddings.is_trained
+            || self.pre_layer_norm.is_trained
+            || self.layers.iter().any(|layer| layer.is_trained)
+    }
+
     pub(super) fn forward(
         &self,
         ctx: Context,
@@ -174,11 +181,6 @@ pub(super) struct VisionTape<'a> {
 }
 
 impl VisionTape<'_> {
-    /// Whether anything in the tower is trained.
-    pub(super) fn is_needed(&self) -> bool {
-        !self.layers.is_empty()
-    }
-
     /// Takes the gradient of the output `[ΣP, E]` down to the lowest trained layer.
     pub(super) fn backward(self, dy: Tensor) -> ops::Result<()> {
         let mut dy = Some(dy);

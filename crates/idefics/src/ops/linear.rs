@@ -93,7 +93,7 @@ impl Linear {
         let bias = self.bias.as_deref();
         let y = product(ctx.isa, ctx.compute, &x.elements()?, matrix(&self.weight), k, bias);
         let (weight, gradients, kept) = (self.weight.clone(), self.gradients.clone(), x.without_tape());
-        let trains = gradients.weight.is_some() || gradients.bias.is_some();
+        let trains = gradients.are_wanted();
         let mut y = record(&[x], tensor(y, &[rows, n])?, trains, move |dy, slopes| {
             gradients.add(ctx, &kept.elements()?, &dy, k);
             if slopes.wants(0) {
@@ -121,7 +121,7 @@ impl Linear {
         let inner = elementwise::activate(ctx.isa, activation, &x.elements()?);
         let y = product(ctx.isa, ctx.compute, &inner, matrix(&self.weight), k, self.bias.as_deref());
         let (layer, kept) = (self.clone(), x.without_tape());
-        let trains = self.gradients.weight.is_some() || self.gradients.bias.is_some();
+        let trains = self.gradients.are_wanted();
         Ok(record(&[x], tensor(y, &[rows, n])?, trains, move |dy, slopes| {
             let x = kept.elements()?;
             if trains {
@@ -185,6 +185,10 @@ impl Linear {
 }
 
 impl Gradients {
+    fn are_wanted(&self) -> bool {
+        self.weight.is_some() || self.bias.is_some()
+    }
+
     /// Adds those of `dy` `[T, N]` and the input `x` `[T, k]`.
     fn add(&self, ctx: Context, x: &[f32], dy: &[f32], k: usize) {
         if let Some(gradient) = &self.weight {
