@@ -4,10 +4,11 @@
 //! cargo run --release -p idefics-server --example overhead -- --model fixtures/tiny
 //! ```
 //!
-//! Clients ask with words and wait for the whole answer, then ask again: straight at the engine, where each makes its
-//! own tokens of the words as the command line does; at the server in the same process, whole; and streamed. The
-//! three take turns in changing order, so that a machine that changes speed changes all of them; each turn has its
-//! own overhead, and the median is reported. The clients' own work counts against the server.
+//! Clients ask with words and wait for the whole answer, or hear each token as it comes, then ask again: straight at
+//! the engine, where each makes its own tokens of the words as the command line does, and at the server in the same
+//! process. The ways take turns in changing order. Other work on the machine makes some turns slower and none faster,
+//! so that the turns that are compared are those that a quarter of each way's are faster than; the medians stand
+//! beside. The clients' own work counts against the server, and the allocator is that of `idefics`.
 #![allow(clippy::print_stdout, missing_docs)]
 
 mod http;
@@ -19,8 +20,8 @@ use anyhow::{Context, bail};
 use http::Client;
 use idefics::{Segment, processor::ProcessOptions};
 use measure::{
-    Served, Which, ask_engine, ask_server, completion, compute_of, format_of, median, seconds_of, serve,
-    spread, tiny,
+    Served, Which, ask_engine, ask_server, completion, compute_of, format_of, quantile, seconds_of, serve,
+    tiny,
 };
 
 struct Options {
@@ -33,15 +34,25 @@ struct Options {
     tokens: usize,
 }
 
-/// Ways to ask.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Engine,
-    Whole,
-    Streamed,
+/// A way to ask.
+struct Way {
+    name: &'static str,
+    /// Over HTTP, or in the process.
+    at_server: bool,
+    /// Token by token, or whole.
+    streamed: bool,
 }
 
-const WAYS: [Way; 3] = [Way::Engine, Way::Whole, Way::Streamed];
+/// Each at the engine and then at the server.
+const WAYS: [Way; 4] = [
+    Way { name: "engine, whole", at_server: false, streamed: false },
+    Way { name: "server, whole", at_server: true, streamed: false },
+    Way { name: "engine, streamed", at_server: false, streamed: true },
+    Way { name: "server, streamed", at_server: true, streamed: true },
+];
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> anyhow::Result<()> {
     let options = options()?;
@@ -57,58 +68,90 @@ fn main() -> anyhow::Result<()> {
         .map(|_| Ok(Mutex::new(Client::connect(&served.address, None)?)))
         .collect::<anyhow::Result<_>>()?;
     // Warms up.
-    for way in WAYS {
+    for way in 0..WAYS.len() {
         seconds(&served, &options, &connections, way, 0);
     }
-    let mut times = [const { Vec::new() }; WAYS.len()];
-    let (mut rows, mut steps) = ([0; WAYS.len()], [0; WAYS.len()]);
+    let mut measured: [Measured; WAYS.len()] = Default::default();
     for turn in 1..=options.turns {
         for place in 0..WAYS.len() {
-            let index = (place + turn) % WAYS.len();
-            let before = served.backend.stats();
-            times[index].push(seconds(&served, &options, &connections, WAYS[index], turn));
+            let way = (place + turn) % WAYS.len();
+            let (before, worked_before) = (served.backend.stats(), worked());
+            measured[way].seconds.push(seconds(&served, &options, &connections, way, turn));
             let after = served.backend.stats();
-            rows[index] += after.rows - before.rows;
-            steps[index] += after.steps - before.steps;
+            measured[way].worked += worked() - worked_before;
+            measured[way].rows += after.rows - before.rows;
+            measured[way].steps += after.steps - before.steps;
         }
     }
     let tokens = (options.clients * options.rounds * options.tokens) as f64;
-    println!("          tokens/s  rows a step  overhead (turns, %)");
-    for (index, (way, seconds)) in WAYS.iter().zip(&times).enumerate() {
-        let overheads: Vec<f64> =
-            seconds.iter().zip(&times[0]).map(|(seconds, engine)| 100.0 * (seconds / engine - 1.0)).collect();
-        let name = format!("{way:?}").to_lowercase();
+    println!("                  tokens/s  rows a step  processors, a token  overhead (by medians)");
+    for (index, (way, it)) in WAYS.iter().zip(&measured).enumerate() {
         print!(
-            "{name:8}  {:8.1}  {:11.1}",
-            tokens / median(seconds),
-            rows[index] as f64 / steps[index] as f64
+            "{:16}  {:8.1}  {:11.1}  {:16.1} µs",
+            way.name,
+            tokens / quantile(&it.seconds, QUARTER),
+            it.rows as f64 / it.steps as f64,
+            1e6 * it.worked / (tokens * options.turns as f64),
         );
-        match way {
-            Way::Engine => println!(),
-            Way::Whole | Way::Streamed => {
-                println!("  {:.1} % ({})", median(&overheads), spread(&overheads, 1));
-            }
+        let overhead = |part: f64| {
+            let engine = quantile(&measured[index - 1].seconds, part);
+            100.0 * (quantile(&it.seconds, part) / engine - 1.0)
+        };
+        if way.at_server {
+            println!("  {:.1} % ({:.1})", overhead(QUARTER), overhead(0.5));
+        } else {
+            println!();
         }
     }
     Ok(())
 }
 
+/// The turns that are compared are slower than this part of all.
+const QUARTER: f64 = 0.25;
+
+/// What was measured of a way.
+#[derive(Default)]
+struct Measured {
+    /// Of each turn.
+    seconds: Vec<f64>,
+    /// Seconds of all processors.
+    worked: f64,
+    rows: u64,
+    steps: u64,
+}
+
 /// Seconds that one turn takes.
-fn seconds(served: &Served, options: &Options, connections: &[Mutex<Client>], way: Way, turn: usize) -> f64 {
+fn seconds(
+    served: &Served,
+    options: &Options,
+    connections: &[Mutex<Client>],
+    way: usize,
+    turn: usize,
+) -> f64 {
     // All ways of a turn ask other words: nothing is known from the one before.
-    let first = (turn * WAYS.len() + way as usize) * options.clients * options.rounds;
+    let first = (turn * WAYS.len() + way) * options.clients * options.rounds;
+    let way = &WAYS[way];
     seconds_of(options.clients, options.rounds, |client, number| {
         let words = words(options.words, first + number);
-        if way == Way::Engine {
+        if way.at_server {
+            let mut request = completion(&words, options.tokens);
+            request["stream"] = way.streamed.into();
+            ask_server(&mut connections[client].lock().expect("one thread each"), &request);
+        } else {
             let inputs = served.processor.process(&[vec![Segment::Text(words)]], &ProcessOptions::default());
             let inputs = inputs.expect("words have tokens").remove(0);
-            ask_engine(&*served.backend, inputs, options.tokens);
-        } else {
-            let mut request = completion(&words, options.tokens);
-            request["stream"] = (way == Way::Streamed).into();
-            ask_server(&mut connections[client].lock().expect("one thread each"), &request);
+            ask_engine(&*served.backend, inputs, options.tokens, way.streamed);
         }
     })
+}
+
+/// Seconds that all processors have worked for this process, in hundredths; nothing where the system does not tell.
+fn worked() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Behind the name, which may hold anything, the 12th and 13th fields are the ticks in and out of the kernel.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split(' ');
+    let ticks: Vec<f64> = fields.skip(12).take(2).filter_map(|field| field.parse().ok()).collect();
+    ticks.iter().sum::<f64>() / 100.0
 }
 
 /// Words that no other request begins with.
@@ -121,7 +164,7 @@ fn words(count: usize, number: usize) -> String {
 fn options() -> anyhow::Result<Options> {
     let (mut shape, mut format, mut model) = (None, idefics::bench::Format::F32, None);
     let mut options =
-        Options { which: Which::Directory(tiny()), clients: 16, rounds: 8, turns: 9, words: 12, tokens: 32 };
+        Options { which: Which::Directory(tiny()), clients: 16, rounds: 4, turns: 30, words: 12, tokens: 32 };
     let mut arguments = std::env::args().skip(1);
     while let Some(flag) = arguments.next() {
         let value = arguments.next().with_context(|| format!("{flag} needs a value"))?;

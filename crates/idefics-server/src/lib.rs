@@ -36,6 +36,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod tgi;
+mod together;
 mod trace;
 
 pub use auth::{ApiKeys, KeyError};

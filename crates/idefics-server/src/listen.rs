@@ -26,8 +26,9 @@ use crate::{
     trace::Exporter,
 };
 
-/// Threads for connections and JSON; computing has threads of its own.
-const IO_THREADS: usize = 2;
+/// Threads for connections and JSON; computing has threads of its own. A second one was woken to look for work that the
+/// first had, on processors that the model computes on.
+const IO_THREADS: usize = 1;
 
 /// Blocking threads beside those for pictures: parsing of large requests.
 const PARSE_THREADS: usize = 4;

@@ -20,6 +20,9 @@ use crate::{
     state::App,
 };
 
+/// Words that are made tokens of at once, in some 100 µs.
+const INLINE_BYTES: usize = 2048;
+
 /// A prompt to be processed.
 pub(crate) struct Wanted {
     pub(crate) prompt: Prompt,
@@ -32,6 +35,15 @@ impl Wanted {
     /// However many tokens there are.
     pub(crate) fn unbounded(self) -> Self {
         Self { max_tokens: usize::MAX, ..self }
+    }
+
+    /// Whether it takes no longer than handing it to another thread would.
+    fn is_short_text(&self) -> bool {
+        let bytes = |segment: &Segment| match segment {
+            Segment::Text(text) => Some(text.len()),
+            Segment::Image(_) => None,
+        };
+        self.prompt.iter().map(bytes).sum::<Option<usize>>().is_some_and(|bytes| bytes <= INLINE_BYTES)
     }
 }
 
@@ -77,6 +89,9 @@ pub(crate) async fn process(
         )
         .code("remote_images_disabled"));
     }
+    if wanted.is_short_text() {
+        return process_now(app, service, wanted, &AtomicBool::new(true));
+    }
     let is_wanted = Arc::new(AtomicBool::new(true));
     let _unwanted_on_drop = Unwanted(is_wanted.clone());
     let (service, state) = (service.clone(), app.clone());
@@ -121,17 +136,10 @@ fn process_now(
         ..ProcessOptions::default()
     };
     let processor = service.processor();
-    let text = processor.prompt_text(&wanted.prompt, &options)?;
-    let count = processor.tokenize(&text)?.len();
-    if count >= wanted.max_tokens {
-        let limit = wanted.max_tokens;
-        return Err(ApiError::new(
-            Kind::Invalid,
-            format!(
-                "the prompt has {count} tokens, the answer needs at least one more, and the model's context is {limit} tokens"
-            ),
-        )
-        .code("context_length_exceeded"));
+    if wanted.prompt.iter().any(|segment| matches!(segment, Segment::Image(_))) {
+        // One that cannot fit is refused before its pictures are decoded.
+        let text = processor.prompt_text(&wanted.prompt, &options)?;
+        check_length(processor.tokenize(&text)?.len(), wanted.max_tokens)?;
     }
     let mut prompt = Prompt::with_capacity(wanted.prompt.len());
     let mut index = 0;
@@ -152,8 +160,19 @@ fn process_now(
             text @ Segment::Text(_) => text,
         });
     }
-    let mut inputs = processor.process(&[prompt], &options)?;
-    Ok(inputs.pop().expect("one prompt gives one sequence"))
+    let inputs = processor.process(&[prompt], &options)?.pop().expect("one prompt gives one sequence");
+    check_length(inputs.token_ids.len(), wanted.max_tokens)?;
+    Ok(inputs)
+}
+
+fn check_length(tokens: usize, limit: usize) -> Result<(), ApiError> {
+    if tokens < limit {
+        return Ok(());
+    }
+    let message = format!(
+        "the prompt has {tokens} tokens, the answer needs at least one more, and the model's context is {limit} tokens"
+    );
+    Err(ApiError::new(Kind::Invalid, message).code("context_length_exceeded"))
 }
 
 #[cfg(test)]

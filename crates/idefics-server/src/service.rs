@@ -3,6 +3,7 @@
 use std::{
     ops::ControlFlow,
     sync::{Arc, OnceLock},
+    time::Instant,
 };
 
 use idefics::{
@@ -24,6 +25,7 @@ use crate::{
     media::{self, Wanted},
     metrics::{Pace, Stopwatch},
     state::{App, Place},
+    together::Together,
 };
 
 /// A model that is ready, for [`Server::run`](crate::Server::run).
@@ -86,7 +88,7 @@ pub(crate) enum Length {
 /// What of an answer its request has to hear from the engine. Each event wakes a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hears {
-    /// Each token as it comes.
+    /// Each token as it comes, several together where they come quickly.
     Tokens,
     /// The end, which has all of them.
     End,
@@ -125,7 +127,9 @@ pub(crate) struct Answer {
     pub(crate) prompt: PromptFacts,
     /// Whether its sequences differ; greedy search gives one, however many were asked for.
     pub(crate) is_sampled: bool,
-    progress: mpsc::UnboundedReceiver<EngineEvent>,
+    progress: mpsc::UnboundedReceiver<Vec<EngineEvent>>,
+    /// Those that came together and were not looked at yet.
+    heard: std::vec::IntoIter<EngineEvent>,
     stopwatch: Stopwatch,
     _ticket: Ticket,
     _place: Arc<Place>,
@@ -195,8 +199,8 @@ impl Service {
             ..self.generation().clone()
         };
         let (ticket, mut progress) = self.submit(inputs, config, None, Hears::End, None)?;
-        while let Some(progress) = progress.recv().await {
-            match progress {
+        for event in progress.recv().await.into_iter().flatten() {
+            match event {
                 EngineEvent::Finished(_) => return Ok(()),
                 EngineEvent::Failed(error) => return Err(model_failed(error)),
                 EngineEvent::Started | EngineEvent::Token(_) => {}
@@ -229,14 +233,19 @@ impl Service {
         custom: Option<SharedProcessor>,
         hears: Hears,
         mut pace: Option<Pace>,
-    ) -> Result<(Ticket, mpsc::UnboundedReceiver<EngineEvent>), ApiError> {
+    ) -> Result<(Ticket, mpsc::UnboundedReceiver<Vec<EngineEvent>>), ApiError> {
         // Unbounded so that the engine never waits for a slow reader; an answer's length bounds it.
         let (sender, receiver) = mpsc::unbounded_channel();
+        let mut together = Together::default();
         let on_event = move |event| {
             if let Some(pace) = &mut pace {
                 pace.note(&event);
             }
-            if !hears.wants(&event) || sender.send(event).is_ok() {
+            if !hears.wants(&event) {
+                return ControlFlow::Continue(());
+            }
+            let events = together.add(event, Instant::now());
+            if events.is_none_or(|events| sender.send(events).is_ok()) {
                 ControlFlow::Continue(())
             } else {
                 ControlFlow::Break(())
@@ -255,7 +264,8 @@ pub(crate) async fn ask(app: &Arc<App>, ask: Ask) -> Result<Answer, ApiError> {
     let result = start(app, ask, &stopwatch).await;
     match result {
         Ok((prompt, ticket, progress, place)) => {
-            Ok(Answer { prompt, is_sampled, progress, stopwatch, _ticket: ticket, _place: place })
+            let heard = Vec::new().into_iter();
+            Ok(Answer { prompt, is_sampled, progress, heard, stopwatch, _ticket: ticket, _place: place })
         }
         Err(error) => {
             // Refused, not cancelled.
@@ -265,7 +275,7 @@ pub(crate) async fn ask(app: &Arc<App>, ask: Ask) -> Result<Answer, ApiError> {
     }
 }
 
-type Started = (PromptFacts, Ticket, mpsc::UnboundedReceiver<EngineEvent>, Arc<Place>);
+type Started = (PromptFacts, Ticket, mpsc::UnboundedReceiver<Vec<EngineEvent>>, Arc<Place>);
 
 async fn start(app: &Arc<App>, ask: Ask, stopwatch: &Stopwatch) -> Result<Started, ApiError> {
     let service = app.service()?.clone();
@@ -310,20 +320,24 @@ impl Answer {
     /// What is heard next: a token or the end. Not to be called after the end.
     pub(crate) async fn next(&mut self) -> Result<Next, ApiError> {
         loop {
-            match self.progress.recv().await {
-                Some(EngineEvent::Started) => {}
-                Some(EngineEvent::Token(event)) => return Ok(Next::Event(event)),
-                Some(EngineEvent::Finished(generated)) => {
+            let Some(event) = self.heard.next() else {
+                let Some(events) = self.progress.recv().await else {
+                    self.stopwatch.failed();
+                    return Err(engine_gone());
+                };
+                self.heard = events.into_iter();
+                continue;
+            };
+            match event {
+                EngineEvent::Started => {}
+                EngineEvent::Token(event) => return Ok(Next::Event(event)),
+                EngineEvent::Finished(generated) => {
                     self.stopwatch.finished(&generated.usage);
                     return Ok(Next::Finished(generated));
                 }
-                Some(EngineEvent::Failed(error)) => {
+                EngineEvent::Failed(error) => {
                     self.stopwatch.failed();
                     return Err(model_failed(error));
-                }
-                None => {
-                    self.stopwatch.failed();
-                    return Err(engine_gone());
                 }
             }
         }

@@ -170,12 +170,20 @@ pub(crate) fn submit(
     (ticket, events)
 }
 
-/// Asks the engine and waits for the whole answer.
-pub(crate) fn ask_engine(backend: &dyn Backend, inputs: SequenceInputs, tokens: usize) {
+/// Asks the engine and waits for the end of the answer, hearing each token if it is `streamed`.
+pub(crate) fn ask_engine(backend: &dyn Backend, inputs: SequenceInputs, tokens: usize, streamed: bool) {
     let is_end = |event: &EngineEvent| matches!(event, EngineEvent::Finished(_) | EngineEvent::Failed(_));
-    let (_ticket, events) = submit(backend, inputs, tokens, is_end);
-    let end = events.recv();
-    assert!(matches!(end, Ok((_, EngineEvent::Finished(_)))), "{end:?}");
+    let is_heard = |event: &EngineEvent| !matches!(event, EngineEvent::Started);
+    let (_ticket, events) = submit(backend, inputs, tokens, if streamed { is_heard } else { is_end });
+    let mut heard = 0;
+    loop {
+        match events.recv() {
+            Ok((_, EngineEvent::Token(_))) => heard += 1,
+            Ok((_, EngineEvent::Finished(_))) => break,
+            end => panic!("{end:?}"),
+        }
+    }
+    assert_eq!(heard, if streamed { tokens } else { 0 });
 }
 
 /// Asks the server and waits for the whole answer.
@@ -203,9 +211,14 @@ pub(crate) fn prompt(length: usize, number: usize) -> Vec<u32> {
 }
 
 pub(crate) fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// The value that `part` of all are below.
+pub(crate) fn quantile(values: &[f64], part: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
+    sorted[(sorted.len() as f64 * part) as usize]
 }
 
 /// All values, smallest first, for who wants to see how far they spread.
