@@ -11,15 +11,29 @@ use idefics::{adapter::Merger, checkpoint::DType};
 use crate::{average, calibrate, steps::Folders};
 
 /// In their order.
-const STAGES: [&str; 8] =
-    ["1-text", "2-names", "3-joint", "4-all", "5-practice", "6-contrast", "7-reading", "8-together"];
+const STAGES: [&str; 11] = [
+    "1-text",
+    "2-names",
+    "3-joint",
+    "4-all",
+    "5-practice",
+    "6-contrast",
+    "7-reading",
+    "8-together",
+    "9-both",
+    "10-series",
+    "11-album",
+];
 
 /// The stage that begins with a mean of towers, and the one before it.
 const AVERAGED: (&str, &str) = ("7-reading", "6-contrast");
 
+/// The stage that begins with the tower as it will ship, and the one before it.
+const SETTLED: (&str, &str) = ("9-both", "8-together");
+
 /// How much of the tower that training began with is in that of the stage which is averaged.
 const SHARE: f32 = 0.5;
-/// The same in the model that ships, whose reader will not learn its tower anew.
+/// The same in the tower that ships.
 const LAST_SHARE: f32 = 0.25;
 
 fn idefics(folders: &Folders, arguments: &[&str]) -> Result<()> {
@@ -82,6 +96,8 @@ pub(crate) fn train(folders: &Folders) -> Result<()> {
             arguments.push("--resume");
         } else if *stage == AVERAGED.0 {
             average::average(folders, &model_of(folders, AVERAGED.1), SHARE, "averaged")?;
+        } else if *stage == SETTLED.0 {
+            settle(folders, &model_of(folders, SETTLED.1))?;
         }
         idefics(folders, &arguments)
     })
@@ -92,28 +108,30 @@ fn model_of(folders: &Folders, stage: &str) -> PathBuf {
     folders.work.join("runs").join(stage).join("model")
 }
 
+/// Gives a model the tower that will ship, with the values that 4 bits leave of it, so that what reads it can learn to.
+fn settle(folders: &Folders, model: &Path) -> Result<()> {
+    average::average(folders, model, LAST_SHARE, "averaged-again")?;
+    folders.empty("packed-tower")?;
+    pack(folders, "averaged-again", "packed-tower", "vision")?;
+    let settled = folders.empty("settled")?;
+    let packed = folders.work.join("packed-tower");
+    Merger::open(packed, &[])?.with_dtype(DType::F32).write(&settled, &mut |_| ())?;
+    Ok(())
+}
+
 /// The trained model in few bits.
 pub(crate) fn quantize(folders: &Folders) -> Result<()> {
     folders.empty("idefics-tiny")?;
     let last = model_of(folders, STAGES[STAGES.len() - 1]);
-    average::average(folders, &last, LAST_SHARE, "averaged-again")?;
     // Training keeps frozen weights as they came, in f32, beside trained ones in bf16. transformers cannot compute with
     // such a mixture once the matrices are packed, so that all of them get one type first.
     let rounded = folders.empty("rounded")?;
-    Merger::open(folders.work.join("averaged-again"), &[])?
-        .with_dtype(DType::Bf16)
-        .write(&rounded, &mut |_| ())?;
-    idefics(
-        folders,
-        &[
-            "quantize",
-            "rounded",
-            "idefics-tiny",
-            "--format",
-            "nf4",
-            "--double-quant",
-            "--parts",
-            "text,cross,vision,perceiver",
-        ],
-    )
+    Merger::open(last, &[])?.with_dtype(DType::Bf16).write(&rounded, &mut |_| ())?;
+    // The gated blocks stay: there is room for them in the 32 MB that the model may have.
+    pack(folders, "rounded", "idefics-tiny", "text,vision,perceiver")
+}
+
+/// The linear layers of `parts` in 4 bits.
+fn pack(folders: &Folders, from: &str, to: &str, parts: &str) -> Result<()> {
+    idefics(folders, &["quantize", from, to, "--format", "nf4", "--double-quant", "--parts", parts])
 }

@@ -41,23 +41,23 @@ pub(super) fn scene(rng: &mut ChaCha8Rng, thing: &Thing) -> Result<Scene> {
 /// Several questions about one picture.
 pub(super) fn contrast(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let thing = maker.any(rng);
-    about(maker, rng, thing)
+    let scene = scene(rng, thing)?;
+    Ok(about(maker, rng, thing, &scene))
 }
 
 /// Several questions about a picture of `thing`.
-pub(super) fn about(maker: &Maker, rng: &mut ChaCha8Rng, thing: &Thing) -> Result<Sample> {
-    let scene = scene(rng, thing)?;
-    let mut asked = about_name(maker, rng, thing, &scene);
+pub(super) fn about(maker: &Maker, rng: &mut ChaCha8Rng, thing: &Thing, scene: &Scene) -> Sample {
+    let mut asked = about_name(maker, rng, thing, scene);
     // What does not depend on the name may come anywhere.
     for kind in [Question::Color, Question::Kind, Question::Background, Question::Count] {
         let share = if kind == Question::Color { 0.35 } else { 0.08 };
         if rng.random_bool(share)
-            && let Some(pair) = question(maker, rng, &unnamed(thing), &scene, kind)
+            && let Some(pair) = question(maker, rng, &unnamed(thing), scene, kind)
         {
             asked.insert(rng.random_range(0..=asked.len()), pair);
         }
     }
-    Ok(turns(scene.jpeg, &asked))
+    turns(scene.jpeg.clone(), &asked)
 }
 
 /// A name that was told in words, and then the picture of a thing that bears it.

@@ -2,6 +2,7 @@
 //!
 //! Each sample follows from the seed and its number alone, so shards can be written in any order and again.
 
+mod album;
 mod contrast;
 mod dialogue;
 mod episode;
@@ -15,6 +16,7 @@ use std::{
     fs::{self, File},
     io::BufWriter,
     path::Path,
+    sync::OnceLock,
 };
 
 use anyhow::{Context, Result};
@@ -29,6 +31,7 @@ use crate::{
     things::{Part, Thing, Things},
     wordnet::WordNet,
 };
+use album::Album;
 use shapes::Shapes;
 
 pub(crate) use episode::invented_name;
@@ -101,6 +104,7 @@ pub(crate) struct Maker {
     common: Vec<usize>,
     shapes: Shapes,
     wordnet: WordNet,
+    album: OnceLock<Album>,
 }
 
 impl Maker {
@@ -112,12 +116,28 @@ impl Maker {
         let common = (0..things.all.len()).filter(|index| is_common(&things.all[*index])).collect();
         let weighted = things.all.iter().enumerate().flat_map(|(index, thing)| vec![index; weight(thing)]);
         let weighted = weighted.collect();
-        Ok(Self { things, weighted, common, shapes: Shapes::open(folders, part)?, wordnet })
+        Ok(Self {
+            things,
+            weighted,
+            common,
+            shapes: Shapes::open(folders, part)?,
+            wordnet,
+            album: OnceLock::new(),
+        })
     }
 
     /// The pictures of coloured shapes.
     pub(crate) fn shapes(&self) -> &[Shape] {
         &self.shapes.0
+    }
+
+    /// Pictures that come again, drawn when they are asked for first.
+    fn album(&self) -> Result<&Album> {
+        if self.album.get().is_none() {
+            let drawn = Album::draw(&self.things)?;
+            return Ok(self.album.get_or_init(|| drawn));
+        }
+        self.album.get().context("no album")
     }
 
     /// Any thing.
@@ -154,6 +174,14 @@ impl Maker {
         compose(rng, &[(picture, place)], variation)
     }
 
+    /// A prompt of the base models about any thing.
+    fn base(&self, rng: &mut ChaCha8Rng) -> Result<Sample> {
+        let thing = self.any(rng);
+        let variation = single::variation(rng);
+        let scene = Self::alone(rng, thing, variation)?;
+        Ok(single::base(self, rng, thing, &scene))
+    }
+
     /// The texts of a sample.
     pub(crate) fn texts(&self, kind: Kind, number: u64) -> Result<Vec<String>> {
         let sample = self.sample(kind, 0, number)?;
@@ -166,25 +194,28 @@ impl Maker {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(number);
         let rng = &mut rng;
-        if kind == Kind::Text {
-            return Ok(facts::text(self, rng));
+        match kind {
+            Kind::Text => Ok(facts::text(self, rng)),
+            // Names come first: among other tokens the few that need the picture are lost.
+            Kind::Naming => dialogue::name(self, rng),
+            Kind::Joint => self.joint(rng),
+            Kind::Practice => self.practice(rng),
+            Kind::Contrast => self.contrast(rng),
+            Kind::Reading => self.reading(rng),
+            Kind::Album => match rng.random_range(0..100) {
+                0..87 => album::single(self, rng),
+                _ => album::other(self, rng),
+            },
+            Kind::Series => episode::series(self, rng, &episode::SERIES),
+            Kind::EasySeries => episode::series(self, rng, &episode::EASY_SERIES),
         }
-        // Names come first: among other tokens the few that need the picture are lost.
-        if kind == Kind::Naming {
-            return dialogue::name(self, rng);
-        }
-        if kind == Kind::Practice {
-            return self.practice(rng);
-        }
-        if kind == Kind::Contrast {
-            return self.contrast(rng);
-        }
-        if kind == Kind::Reading {
-            return self.reading(rng);
-        }
+    }
+
+    /// Every skill.
+    fn joint(&self, rng: &mut ChaCha8Rng) -> Result<Sample> {
         match rng.random_range(0..100) {
             0..42 => dialogue::single(self, rng),
-            42..52 => single::base(self, rng),
+            42..52 => self.base(rng),
             52..57 => dialogue::two_things(self, rng),
             57..65 => dialogue::several(self, rng),
             65..69 => dialogue::two_pictures(self, rng),
@@ -199,7 +230,7 @@ impl Maker {
     fn practice(&self, rng: &mut ChaCha8Rng) -> Result<Sample> {
         match rng.random_range(0..100) {
             0..58 => practice::practice(self, rng),
-            58..66 => single::base(self, rng),
+            58..66 => self.base(rng),
             66..70 => dialogue::two_things(self, rng),
             70..76 => dialogue::several(self, rng),
             76..79 => dialogue::two_pictures(self, rng),
@@ -215,7 +246,7 @@ impl Maker {
     fn contrast(&self, rng: &mut ChaCha8Rng) -> Result<Sample> {
         match rng.random_range(0..100) {
             0..72 => contrast::contrast(self, rng),
-            72..77 => single::base(self, rng),
+            72..77 => self.base(rng),
             77..79 => dialogue::two_things(self, rng),
             79..82 => dialogue::several(self, rng),
             82..83 => dialogue::two_pictures(self, rng),
@@ -234,9 +265,10 @@ impl Maker {
         match rng.random_range(0..100) {
             0..80 => {
                 let thing = if rng.random_bool(0.7) { self.common(rng) } else { self.any(rng) };
-                contrast::about(self, rng, thing)
+                let scene = contrast::scene(rng, thing)?;
+                Ok(contrast::about(self, rng, thing, &scene))
             }
-            80..85 => single::base(self, rng),
+            80..85 => self.base(rng),
             85..87 => dialogue::two_things(self, rng),
             87..89 => dialogue::several(self, rng),
             89..90 => dialogue::two_pictures(self, rng),
@@ -251,13 +283,16 @@ impl Maker {
 }
 
 /// The sets that the stages of training read.
-pub(crate) const PLANS: [Plan; 6] = [
+pub(crate) const PLANS: [Plan; 9] = [
     Plan { name: "text", kind: Kind::Text, samples: 60_000, seed: 1 },
     Plan { name: "names", kind: Kind::Naming, samples: 60_000, seed: 2 },
     Plan { name: "joint", kind: Kind::Joint, samples: 60_000, seed: 3 },
     Plan { name: "practice", kind: Kind::Practice, samples: 80_000, seed: 4 },
     Plan { name: "contrast", kind: Kind::Contrast, samples: 30_000, seed: 6 },
     Plan { name: "reading", kind: Kind::Reading, samples: 120_000, seed: 7 },
+    Plan { name: "album", kind: Kind::Album, samples: 240_000, seed: 9 },
+    Plan { name: "series", kind: Kind::Series, samples: 60_000, seed: 10 },
+    Plan { name: "easy-series", kind: Kind::EasySeries, samples: 40_000, seed: 11 },
 ];
 
 /// Writes all sets.
@@ -284,6 +319,12 @@ pub(crate) enum Kind {
     Contrast,
     /// The same with hardly a sample of several pictures, and more of things that several designs have.
     Reading,
+    /// Pictures that come again, mostly with one short question.
+    Album,
+    /// The same pictures, several in a sample, with invented names.
+    Series,
+    /// The same with more names and fewer pictures of a thing, many of them the same again.
+    EasySeries,
 }
 
 /// One set of shards.

@@ -1,6 +1,5 @@
 //! Questions about a picture of one thing, and the prompts of base models.
 
-use anyhow::Result;
 use rand::{Rng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
@@ -139,21 +138,19 @@ pub(super) fn variation(rng: &mut ChaCha8Rng) -> Variation {
 }
 
 /// The prompts of the task guide and of the evaluations of the base models.
-pub(super) fn base(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
-    let thing = maker.any(rng);
-    let variation = variation(rng);
-    let scene = Maker::alone(rng, thing, variation)?;
+pub(super) fn base(maker: &Maker, rng: &mut ChaCha8Rng, thing: &Thing, scene: &Scene) -> Sample {
+    let jpeg = scene.jpeg.clone();
     let name = with_article(&thing.name);
     let mut sample = Sample::default();
     match rng.random_range(0..6) {
         0 => {
-            sample.picture(scene.jpeg).text("This is an image of").answer(format!(" {name}.</s>"));
+            sample.picture(jpeg).text("This is an image of").answer(format!(" {name}.</s>"));
         }
         1 => {
-            sample.picture(scene.jpeg).text("a photo of").answer(format!(" {name}.</s>"));
+            sample.picture(jpeg).text("a photo of").answer(format!(" {name}.</s>"));
         }
         2 => {
-            sample.text("Image:").picture(scene.jpeg).text("Caption:").answer(format!(" {name}.\n"));
+            sample.text("Image:").picture(jpeg).text("Caption:").answer(format!(" {name}.\n"));
         }
         3 => {
             let options = options(maker, rng, thing, 4);
@@ -163,14 +160,14 @@ pub(super) fn base(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
                 .text(format!(
                     "Instruction: Classify the following image into a single category from the following list: {list}.\n"
                 ))
-                .picture(scene.jpeg)
+                .picture(jpeg)
                 .text("Category:")
                 .answer(format!(" {}\n", thing.name));
         }
         _ => {
             let kinds = [Question::Name, Question::Color, Question::YesNo, Question::Kind, Question::Count];
             let kind = kinds[rng.random_range(0..kinds.len())];
-            let asked = question(maker, rng, thing, &scene, kind);
+            let asked = question(maker, rng, thing, scene, kind);
             let (asked, answer) = match asked {
                 Some(asked) => asked,
                 None => ("What is this?".to_owned(), sentence(&thing.name)),
@@ -186,9 +183,9 @@ pub(super) fn base(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
                     "",
                 ],
             );
-            sample.text(start).picture(scene.jpeg);
+            sample.text(start).picture(jpeg);
             sample.text(format!("Question: {asked} Answer:")).answer(format!(" {answer}\n"));
         }
     }
-    Ok(sample)
+    sample
 }
