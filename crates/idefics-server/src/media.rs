@@ -1,4 +1,4 @@
-//! Pictures and words to inputs, off the async threads, a bounded number at a time.
+//! Pictures and words to inputs, off the async threads unless it is a few words, a bounded number at a time.
 //!
 //! A client that goes away while its pictures are fetched or decoded costs at most the one that is in hand: the
 //! flag is looked at between pictures.
