@@ -44,7 +44,7 @@ impl Album {
 
 /// A picture of the album and what it shows, mostly asked for in one short question.
 pub(super) fn single(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
-    let thing = if rng.random_bool(0.7) { maker.common(rng) } else { maker.any(rng) };
+    let thing = maker.rather_common(rng);
     let scene = maker.album()?.scene(rng, thing, MANY)?;
     match rng.random_range(0..100) {
         0..58 => {

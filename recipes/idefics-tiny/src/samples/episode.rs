@@ -14,7 +14,7 @@ use super::{
     single::variation,
     words::{capital, pick, sentence},
 };
-use crate::{concepts::with_article, scene::Scene, things::Thing};
+use crate::{concepts::with_article, scene::Scene};
 
 /// A name that is no word: two or three syllables.
 pub(crate) fn invented_name(rng: &mut ChaCha8Rng) -> String {
@@ -75,10 +75,7 @@ pub(super) fn episode(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     debug_assert!(FORMS[4].end.contains(END));
     let invented = rng.random_bool(0.7);
     let candidates = rng.random_range(if invented { 2..=2 } else { 2..=4 });
-    let mut things: Vec<&Thing> = vec![maker.any(rng)];
-    while things.len() < candidates {
-        things.push(maker.other(rng, &things));
-    }
+    let things = maker.different(rng, candidates);
     let names: Vec<String> = things
         .iter()
         .map(|thing| if invented { format!("a {}", invented_name(rng)) } else { with_article(&thing.name) })
@@ -109,10 +106,7 @@ pub(super) fn episode(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
 pub(super) fn binding(maker: &Maker, rng: &mut ChaCha8Rng) -> Result<Sample> {
     let form = if rng.random_bool(0.5) { &FORMS[0] } else { FORMS.choose(rng).unwrap_or(&FORMS[0]) };
     let candidates = if rng.random_bool(0.8) { 2 } else { 3 };
-    let mut things: Vec<&Thing> = vec![maker.any(rng)];
-    while things.len() < candidates {
-        things.push(maker.other(rng, &things));
-    }
+    let things = maker.different(rng, candidates);
     let names = invented_names(rng, candidates);
     let mut order: Vec<usize> = (0..candidates).collect();
     order.shuffle(rng);
@@ -178,10 +172,7 @@ pub(super) const EASY_SERIES: Series =
 pub(super) fn series(maker: &Maker, rng: &mut ChaCha8Rng, rules: &Series) -> Result<Sample> {
     let form = if rng.random_bool(rules.plain) { &FORMS[0] } else { FORMS.choose(rng).unwrap_or(&FORMS[0]) };
     let candidates = rules.candidates.choose(rng).copied().unwrap_or(2);
-    let mut things: Vec<&Thing> = vec![maker.any(rng)];
-    while things.len() < candidates {
-        things.push(maker.other(rng, &things));
-    }
+    let things = maker.different(rng, candidates);
     let names = invented_names(rng, candidates);
     let mut order: Vec<usize> = (0..candidates).collect();
     let [fewest, most] = rules.more;

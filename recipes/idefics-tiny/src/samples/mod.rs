@@ -131,13 +131,18 @@ impl Maker {
         &self.shapes.0
     }
 
-    /// Pictures that come again, drawn when they are asked for first.
+    /// Pictures that come again.
     fn album(&self) -> Result<&Album> {
+        self.album.get().context("the album was not drawn")
+    }
+
+    /// Draws the album if it is not there. Not while samples are made: each thread would draw one of its own.
+    fn draw_album(&self) -> Result<()> {
         if self.album.get().is_none() {
             let drawn = Album::draw(&self.things)?;
-            return Ok(self.album.get_or_init(|| drawn));
+            self.album.get_or_init(|| drawn);
         }
-        self.album.get().context("no album")
+        Ok(())
     }
 
     /// Any thing.
@@ -150,6 +155,20 @@ impl Maker {
     pub(crate) fn common(&self, rng: &mut ChaCha8Rng) -> &Thing {
         let index = self.common.choose(rng).copied().unwrap_or_default();
         &self.things.all[index]
+    }
+
+    /// Any thing, those that several designs have most of the time.
+    fn rather_common(&self, rng: &mut ChaCha8Rng) -> &Thing {
+        if rng.random_bool(0.7) { self.common(rng) } else { self.any(rng) }
+    }
+
+    /// So many things, no two the same.
+    fn different(&self, rng: &mut ChaCha8Rng, count: usize) -> Vec<&Thing> {
+        let mut things = vec![self.any(rng)];
+        while things.len() < count {
+            things.push(self.other(rng, &things));
+        }
+        things
     }
 
     /// Another thing, half of the time of the same category.
@@ -264,7 +283,7 @@ impl Maker {
     fn reading(&self, rng: &mut ChaCha8Rng) -> Result<Sample> {
         match rng.random_range(0..100) {
             0..80 => {
-                let thing = if rng.random_bool(0.7) { self.common(rng) } else { self.any(rng) };
+                let thing = self.rather_common(rng);
                 let scene = contrast::scene(rng, thing)?;
                 Ok(contrast::about(self, rng, thing, &scene))
             }
@@ -327,6 +346,12 @@ pub(crate) enum Kind {
     EasySeries,
 }
 
+impl Kind {
+    fn shows_album(self) -> bool {
+        matches!(self, Self::Album | Self::Series | Self::EasySeries)
+    }
+}
+
 /// One set of shards.
 pub(crate) struct Plan {
     pub(crate) name: &'static str,
@@ -338,12 +363,14 @@ pub(crate) struct Plan {
 /// Writes the shards of `plan` that are not there.
 fn write(folders: &Folders, maker: &Maker, plan: &Plan) -> Result<()> {
     let folder = folders.make(&format!("samples/{}", plan.name))?;
-    let shards = plan.samples.div_ceil(SHARD);
-    (0..shards).into_par_iter().try_for_each(|shard| {
-        let path = folder.join(format!("{shard:05}.tar"));
-        if path.exists() {
-            return Ok(());
-        }
+    let path = |shard: usize| folder.join(format!("{shard:05}.tar"));
+    let missing: Vec<usize> =
+        (0..plan.samples.div_ceil(SHARD)).filter(|shard| !path(*shard).exists()).collect();
+    if !missing.is_empty() && plan.kind.shows_album() {
+        maker.draw_album()?;
+    }
+    missing.into_par_iter().try_for_each(|shard| {
+        let path = path(shard);
         let numbers = (shard * SHARD)..((shard + 1) * SHARD).min(plan.samples);
         write_shard(&path, numbers.map(|number| maker.sample(plan.kind, plan.seed, number as u64)))
             .with_context(|| format!("writing {}", path.display()))
