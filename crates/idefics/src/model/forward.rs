@@ -129,14 +129,7 @@ impl Model {
     ) -> Result<Vec<Arc<ImageStates>>, ModelError> {
         let mut states = Vec::with_capacity(images.len());
         for images in images.chunks(IMAGES_AT_ONCE) {
-            let seen = self.vision.forward(self.ctx, images, self.other_sizes, observe)?;
-            let (hidden, lengths) = match &self.perceiver {
-                Some(perceiver) => {
-                    let latents = perceiver.forward(self.ctx, &seen.hidden, &seen.lengths, observe)?;
-                    (latents, vec![self.config.perceiver_config.resampler_n_latents; images.len()])
-                }
-                None => (seen.hidden, seen.lengths),
-            };
+            let (hidden, lengths) = self.image_states(images, self.other_sizes, observe)?;
             observe(Stage::ImageHiddenStates, &hidden);
             let mut first = 0;
             for length in lengths {
@@ -151,6 +144,20 @@ impl Model {
             }
         }
         Ok(states)
+    }
+
+    /// What the text model sees of pictures, `[ΣL, E]`, and how many vectors each has: the resampler's, or the tower's
+    /// where there is none.
+    pub(super) fn image_states(
+        &self,
+        images: &[&PixelValues],
+        other_sizes: OtherSizes,
+        observe: &mut Observer<'_>,
+    ) -> Result<(Tensor, Vec<usize>), ModelError> {
+        let seen = self.vision.forward(self.ctx, images, other_sizes, observe)?;
+        let Some(perceiver) = &self.perceiver else { return Ok((seen.hidden, seen.lengths)) };
+        let latents = perceiver.forward(self.ctx, &seen.hidden, &seen.lengths, observe)?;
+        Ok((latents, vec![perceiver.latents().len(); images.len()]))
     }
 
     /// The empty cache of a sequence that looks at `images`.

@@ -333,14 +333,19 @@ impl<'a> ImageTape<'a> {
         let images: Vec<&PixelValues> = images.iter().map(AsRef::as_ref).collect();
         let trained_perceiver = model.perceiver.as_ref().filter(|perceiver| perceiver.is_trained);
         if !model.vision.is_trained() && trained_perceiver.is_none() {
-            let (hidden, lengths) = kept.of(&images, |images| frozen_states(model, images))?;
+            let read =
+                |images: &[&PixelValues]| model.image_states(images, OtherSizes::Refuse, &mut unobserved);
+            let (hidden, lengths) = kept.of(&images, read)?;
             return Ok(Self { model, vision: None, perceiver: None, hidden: Some(hidden), lengths });
         }
         let (seen, patches, vision) = if model.vision.is_trained() {
             let (seen, vision) = model.vision.forward_for_training(ctx, &images, tape)?;
             (seen.hidden, seen.lengths, Some(vision))
         } else {
-            let (seen, patches) = kept.of(&images, |images| frozen_tower(model, images))?;
+            let (seen, patches) = kept.of(&images, |images| {
+                let seen = model.vision.forward(ctx, images, OtherSizes::Refuse, &mut unobserved)?;
+                Ok((seen.hidden, seen.lengths))
+            })?;
             (seen, patches, None)
         }; // [ΣP, E]
         let Some(perceiver) = &model.perceiver else {
@@ -375,18 +380,4 @@ impl<'a> ImageTape<'a> {
             None => Ok(()),
         }
     }
-}
-
-/// What a tower without trained weights makes of pictures: `[ΣP, E]`, and how many vectors each has.
-fn frozen_tower(model: &Model, images: &[&PixelValues]) -> Result<(Tensor, Vec<usize>), ModelError> {
-    let seen = model.vision.forward(model.context(), images, OtherSizes::Refuse, &mut unobserved)?;
-    Ok((seen.hidden, seen.lengths))
-}
-
-/// The same after a resampler without trained weights, if the model has one.
-fn frozen_states(model: &Model, images: &[&PixelValues]) -> Result<(Tensor, Vec<usize>), ModelError> {
-    let (seen, patches) = frozen_tower(model, images)?;
-    let Some(perceiver) = &model.perceiver else { return Ok((seen, patches)) };
-    let hidden = perceiver.forward(model.context(), &seen, &patches, &mut unobserved)?;
-    Ok((hidden, vec![perceiver.latents().len(); images.len()]))
 }
