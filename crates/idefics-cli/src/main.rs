@@ -15,6 +15,7 @@ mod task;
 mod templates;
 
 use clap::{Parser, Subcommand};
+use idefics_kernels::allocator::Allocator;
 
 /// Run, score and inspect IDEFICS-1 models: interleaved images and text in, text out.
 #[derive(Parser)]
@@ -44,7 +45,7 @@ enum Command {
 
 // Freed memory stays for the next layer; see the dependency in the workspace.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {

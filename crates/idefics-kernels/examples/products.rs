@@ -15,6 +15,7 @@ use std::time::Instant;
 use half::bf16;
 use idefics_kernels::{
     Compute, Isa, Matrix,
+    allocator::Allocator,
     linear::product,
     nf4::{self, Nf4, Scales},
     probe,
@@ -23,7 +24,7 @@ use idefics_kernels::{
 
 /// The allocator of the program `idefics`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator;
 
 const USAGE: &str = "products [--rows 1,8,16,32,512] [--formats bf16,q8,nf4] [--shapes NxK,..] [--turns 5] [--compute bf16|f32|int8]";
 

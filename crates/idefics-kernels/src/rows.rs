@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use crate::parallel::{SharedMut, filled, for_each, for_each_run, mapped};
 
 /// Elements that a thread takes at a time.
@@ -23,6 +25,21 @@ pub struct Run {
 /// A copy.
 pub fn copied(values: &[f32]) -> Vec<f32> {
     mapped(values, CHUNK, |_, _| {})
+}
+
+/// The same numbers as `f32`.
+pub fn widened(values: &[bf16]) -> Vec<f32> {
+    // SAFETY: the chunks cover all elements, and each is written by one thread.
+    unsafe {
+        filled(values.len(), |out: SharedMut<f32>| {
+            for_each(values.len().div_ceil(CHUNK), values.len(), |chunk| {
+                let first = chunk * CHUNK;
+                for (i, value) in values[first..values.len().min(first + CHUNK)].iter().enumerate() {
+                    out.at(first + i).write(f32::from_bits(u32::from(value.to_bits()) << 16));
+                }
+            });
+        })
+    }
 }
 
 /// `n` zeros.

@@ -21,6 +21,7 @@ use idefics::{
     ops::{Compute, Context, Gradient, Isa, LowRank},
     processor::PixelValues,
 };
+use idefics_kernels::allocator::{Allocator, pack_large_blocks};
 use idefics_train::{
     moments::{MomentFormat, Moments},
     optim::{AdamW, Decay, Update},
@@ -28,11 +29,12 @@ use idefics_train::{
 
 /// As in the command line.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator;
 
 const ROUNDS: usize = 5;
 
 fn main() {
+    pack_large_blocks(); // as `idefics train` does
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::Context;
+use idefics_kernels::allocator::pack_large_blocks;
 use idefics_train::{
     config::TrainConfig,
     memory::{gigabytes, peak_bytes},
@@ -98,6 +99,7 @@ fn toml_text(text: &str) -> String {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    pack_large_blocks();
     let config = TrainConfig::load(&args.config, &args.overrides())?;
     start_threads(args.threads)?;
     cancel::on_interrupt()?;

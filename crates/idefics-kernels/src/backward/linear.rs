@@ -42,7 +42,7 @@ pub fn linear_input(isa: Isa, compute: Compute, dy: &[f32], weight: Matrix<'_>, 
     #[cfg(target_arch = "x86_64")]
     if isa.tier() >= Tier::Avx512 {
         let extents = Extents { rows: m, columns: k, terms: n };
-        let right = WeightRows { weight, k };
+        let right = MatrixRows { matrix: weight, k };
         // SAFETY: the tier is proven by the `Isa`; the product writes all of its output.
         return unsafe {
             filled(m * k, |out| outer(isa, compute, Left::ByRow(dy), &right, extents, Old::Ignored, out))
@@ -100,11 +100,32 @@ fn transposing_input(isa: Isa, compute: Compute, dy: &[f32], weight: Matrix<'_>,
     dx
 }
 
-/// `dw [N, K] += dy [M, N]ᵀ · x [M, K]`.
+/// `dy [M, N]ᵀ · x [M, K]`, `[N, K]`. `x` may have been rounded to bf16 already where that is what is computed in.
+///
+/// # Panics
+/// If the lengths do not fit together, or there are no rows: `N` is not known then.
+pub fn linear_weight(isa: Isa, compute: Compute, dy: &[f32], x: Matrix<'_>, k: usize) -> Vec<f32> {
+    let m = x.len() / k;
+    assert!(m > 0, "rows expected");
+    let n = dy.len() / m;
+    assert_eq!((x.len(), dy.len()), (m * k, m * n), "dy of [{m}, {n}] expected");
+    #[cfg(target_arch = "x86_64")]
+    if isa.tier() >= Tier::Avx512 && n > 0 {
+        // SAFETY: the tier is proven by the `Isa`; the product writes all of its output.
+        return unsafe {
+            filled(n * k, |out| sum_over_rows(isa, compute, dy, x, [n, k, m], Old::Ignored, out))
+        };
+    }
+    let mut dw = rows::zeros(n * k);
+    add_linear_weight(isa, compute, dy, x, k, &mut dw);
+    dw
+}
+
+/// `dw [N, K] += dy [M, N]ᵀ · x [M, K]`, `x` as in [`linear_weight`].
 ///
 /// # Panics
 /// If the lengths do not fit together.
-pub fn linear_weight(isa: Isa, compute: Compute, dy: &[f32], x: &[f32], k: usize, dw: &mut [f32]) {
+pub fn add_linear_weight(isa: Isa, compute: Compute, dy: &[f32], x: Matrix<'_>, k: usize, dw: &mut [f32]) {
     let (m, n) = (x.len() / k, dw.len() / k);
     assert_eq!((x.len(), dw.len(), dy.len()), (m * k, n * k, m * n), "dy of [{m}, {n}] expected");
     if m == 0 || n == 0 {
@@ -112,18 +133,44 @@ pub fn linear_weight(isa: Isa, compute: Compute, dy: &[f32], x: &[f32], k: usize
     }
     #[cfg(target_arch = "x86_64")]
     if isa.tier() >= Tier::Avx512 {
-        let extents = Extents { rows: n, columns: k, terms: m };
-        let (right, out) = (SliceRows { data: x, width: k }, SharedMut::new(dw));
+        let out = SharedMut::new(dw);
         // SAFETY: the tier is proven by the `Isa`; the output is borrowed here alone.
-        return unsafe { outer(isa, compute, Left::BySum(dy), &right, extents, Old::Kept, out) };
+        return unsafe { sum_over_rows(isa, compute, dy, x, [n, k, m], Old::Kept, out) };
     }
     transposing_weight(isa, compute, dy, x, k, dw);
 }
 
-/// [`linear_weight`] through the forward product.
-fn transposing_weight(isa: Isa, compute: Compute, dy: &[f32], x: &[f32], k: usize, dw: &mut [f32]) {
+/// [`add_linear_weight`] by a product of its own; `extents` are `N`, `K` and `M`.
+///
+/// # Safety
+/// As [`outer`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn sum_over_rows(
+    isa: Isa,
+    compute: Compute,
+    dy: &[f32],
+    x: Matrix<'_>,
+    [rows, columns, terms]: [usize; 3],
+    old: Old,
+    out: SharedMut<f32>,
+) {
+    let right = MatrixRows { matrix: x, k: columns };
+    // SAFETY: passed on.
+    unsafe { outer(isa, compute, Left::BySum(dy), &right, Extents { rows, columns, terms }, old, out) }
+}
+
+/// [`add_linear_weight`] through the forward product.
+fn transposing_weight(isa: Isa, compute: Compute, dy: &[f32], x: Matrix<'_>, k: usize, dw: &mut [f32]) {
     let (m, n) = (x.len() / k, dw.len() / k);
     let dy = transpose(dy, m, n); // [N, M]
+    let wide;
+    let x = match x {
+        Matrix::F32(x) => x,
+        other => {
+            wide = widened(other, k);
+            &wide
+        }
+    };
     let x = transpose(x, m, k); // [K, M]
     let rounded = match compute {
         Compute::F32 => Vec::new(),
@@ -185,22 +232,22 @@ impl outer::Rows for SliceRows<'_> {
     }
 }
 
-/// Rows of a weight, widened.
+/// Rows of `k` numbers, widened.
 #[cfg(target_arch = "x86_64")]
-struct WeightRows<'a> {
-    weight: Matrix<'a>,
+struct MatrixRows<'a> {
+    matrix: Matrix<'a>,
     k: usize,
 }
 
 #[cfg(target_arch = "x86_64")]
-impl outer::Rows for WeightRows<'_> {
+impl outer::Rows for MatrixRows<'_> {
     fn with_rows(&self, first: usize, count: usize, work: impl FnOnce([&[f32]; 2])) {
-        if let Matrix::F32(data) = self.weight {
+        if let Matrix::F32(data) = self.matrix {
             return SliceRows { data, width: self.k }.with_rows(first, count, work);
         }
         scratch::with(&scratch::WIDENED, count * self.k, |rows| {
             for (i, row) in rows.chunks_exact_mut(self.k).enumerate() {
-                read(self.weight, self.k, first + i, 0, row);
+                read(self.matrix, self.k, first + i, 0, row);
             }
             let (one, other) = rows.split_at(self.k);
             work([one, other]);
@@ -260,6 +307,17 @@ fn read(weight: Matrix<'_>, k: usize, row: usize, first: usize, out: &mut [f32])
     }
 }
 
+/// All rows.
+fn widened(matrix: Matrix<'_>, k: usize) -> Vec<f32> {
+    let mut wide = rows::zeros(matrix.len());
+    for_each_run(&mut wide, k * BLOCK, |first, rows| {
+        for (i, row) in rows.chunks_exact_mut(k).enumerate() {
+            read(matrix, k, first / k + i, 0, row);
+        }
+    });
+    wide
+}
+
 fn widen<T: Copy>(values: &[T], out: &mut [f32], to_f32: impl Fn(T) -> f32) {
     for (out, value) in out.iter_mut().zip(values) {
         *out = to_f32(*value);
@@ -289,7 +347,7 @@ mod tests {
                 for (compute, bound) in [(Compute::F32, 1e-5), (Compute::Bf16, 0.05)] {
                     let dx = linear_input(isa, compute, &dy, Matrix::F32(&w), k);
                     let mut dw = vec![1.0; n * k];
-                    linear_weight(isa, compute, &dy, &x, k, &mut dw);
+                    add_linear_weight(isa, compute, &dy, Matrix::F32(&x), k, &mut dw);
                     let close = |got: f32, expected: f32, inner: usize| {
                         assert!(
                             (got - expected).abs() < bound * (inner as f32).sqrt(),
@@ -317,8 +375,9 @@ mod tests {
                 let (dy, w, x) = (noise(m * n, 1), noise(n * k, 2), noise(m * k, 3));
                 for compute in [Compute::F32, Compute::Bf16] {
                     let (mut dw, mut expected_dw) = (vec![0.5; n * k], vec![0.5; n * k]);
-                    linear_weight(isa, compute, &dy, &x, k, &mut dw);
-                    transposing_weight(isa, compute, &dy, &x, k, &mut expected_dw);
+                    let x = Matrix::F32(&x);
+                    add_linear_weight(isa, compute, &dy, x, k, &mut dw);
+                    transposing_weight(isa, compute, &dy, x, k, &mut expected_dw);
                     let dx = linear_input(isa, compute, &dy, Matrix::F32(&w), k);
                     let expected_dx = transposing_input(isa, compute, &dy, Matrix::F32(&w), k);
                     for (what, got, expected) in [("dw", &dw, &expected_dw), ("dx", &dx, &expected_dx)] {
@@ -345,8 +404,7 @@ mod tests {
                 let on = |threads| {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                     pool.install(|| {
-                        let mut dw = vec![0.0; n * k];
-                        linear_weight(isa, compute, &dy, &x, k, &mut dw);
+                        let dw = linear_weight(isa, compute, &dy, Matrix::F32(&x), k);
                         (linear_input(isa, compute, &dy, Matrix::F32(&w), k), dw)
                     })
                 };
@@ -354,6 +412,24 @@ mod tests {
                 assert_eq!((&dx, &dw), (&on(3).0, &on(3).1));
                 let alone = linear_input(isa, compute, &dy[5 * n..6 * n], Matrix::F32(&w), k);
                 assert_eq!(dx[5 * k..6 * k], alone);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_rounded_before_give_the_bits_of_rows_rounded_on_the_way() {
+        for isa in Isa::available() {
+            for (m, n, k) in [(1, 2, 3), (33, 29, 40), (1100, 90, 130)] {
+                let (dy, x) = (noise(m * n, 1), noise(m * k, 3));
+                let rounded = round_all(isa, &x);
+                let new = |x| linear_weight(isa, Compute::Bf16, &dy, x, k);
+                assert_eq!(new(Matrix::F32(&x)), new(Matrix::Bf16(&rounded)), "{}", isa.tier());
+                let added = |x| {
+                    let mut dw = vec![0.0; n * k];
+                    add_linear_weight(isa, Compute::Bf16, &dy, x, k, &mut dw);
+                    dw
+                };
+                assert_eq!(new(Matrix::F32(&x)), added(Matrix::Bf16(&rounded)), "{}", isa.tier());
             }
         }
     }

@@ -18,5 +18,5 @@ pub use attention::{Job, attention};
 pub use columns::add_column_sums;
 pub use cross_entropy::{RowLoss, cross_entropy};
 pub use elementwise::{activate, activate_gate, add_scaled};
-pub use linear::{linear_input, linear_weight};
+pub use linear::{add_linear_weight, linear_input, linear_weight};
 pub use norm::{layer_norm, rms_norm};

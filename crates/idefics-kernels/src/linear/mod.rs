@@ -166,7 +166,7 @@ fn rows_at_once(m: usize, k: usize) -> usize {
 }
 
 /// Activations rounded to bf16, to nearest even.
-pub(crate) fn round_all(isa: Isa, values: &[f32]) -> Vec<bf16> {
+pub fn round_all(isa: Isa, values: &[f32]) -> Vec<bf16> {
     let mut out = vec![bf16::ZERO; values.len()];
     for_each_run(&mut out, 1 << 14, |first, out| round(isa, &values[first..first + out.len()], out));
     out

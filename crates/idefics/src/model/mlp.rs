@@ -32,7 +32,7 @@ impl Mlp {
     pub(super) fn forward(&self, ctx: Context, x: &Tensor) -> ops::Result<Tensor> {
         let gate = self.gate_proj.forward(ctx, x)?; // [T, F]
         let up = self.up_proj.forward(ctx, x)?; // [T, F]
-        self.down_proj.forward(ctx, &ops::activate_gate(ctx, self.activation, &gate, &up)?)
+        self.down_proj.forward_gated(ctx, self.activation, &gate, &up)
     }
 }
 

@@ -9,7 +9,8 @@ use idefics_kernels::{
 };
 
 use super::{
-    AttentionGroup, Compute, Context, Heads, Result, Tensor, Visible, dims2, message, record, tensor,
+    AttentionGroup, Compute, Context, Heads, Result, Tensor, Visible, dims2, kept::Kept, message, record,
+    tensor,
 };
 
 /// Rows by which keys and values grow.
@@ -186,10 +187,13 @@ pub fn attention_within(
         })
         .collect();
     let y = tensor(attention(ctx.isa, heads, &jobs), queries.dims())?;
-    let (groups, kept) = (Arc::clone(groups), [queries, keys, values].map(Tensor::without_tape));
-    Ok(record(&[queries, keys, values], y, false, move |dy, slopes| {
-        let (q, k, v) = (kept[0].elements()?, kept[1].elements()?, kept[2].elements()?);
-        let (dq, dk, dv) = backward::attention(ctx.isa, heads, &groups, (&q, &k, &v), &dy);
+    let arguments = [queries, keys, values];
+    let kept = arguments.iter().map(|x| Kept::new(ctx, x)).collect::<Result<Vec<_>>>()?;
+    let groups = Arc::clone(groups);
+    Ok(record(&arguments, y, false, move |dy, slopes| {
+        let (dq, dk, dv) = Kept::with_all(&kept, |qkv| {
+            backward::attention(ctx.isa, heads, &groups, (qkv[0], qkv[1], qkv[2]), &dy)
+        })?;
         slopes.add(0, dq);
         slopes.add(1, dk);
         slopes.add(2, dv);

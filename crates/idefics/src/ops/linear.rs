@@ -9,7 +9,8 @@ use idefics_kernels::{
 };
 
 use super::{
-    Context, Gradient, Result, Tensor, activate, add_times, dims2, dropout::dropout, message, record, tensor,
+    Context, Gradient, Result, Tensor, activate, activate_gate, add_times, dims2, dropout::dropout,
+    expect_alike, kept::Kept, message, record, tensor,
 };
 use crate::checkpoint::{DType, LinearWeight, PackedWeight, Weight};
 
@@ -92,10 +93,12 @@ impl Linear {
         let (rows, n, k) = self.check(x)?;
         let bias = self.bias.as_deref();
         let y = product(ctx.isa, ctx.compute, &x.elements()?, matrix(&self.weight), k, bias);
-        let (weight, gradients, kept) = (self.weight.clone(), self.gradients.clone(), x.without_tape());
-        let trains = gradients.are_wanted();
-        let mut y = record(&[x], tensor(y, &[rows, n])?, trains, move |dy, slopes| {
-            gradients.add(ctx, &kept.elements()?, &dy, k);
+        let (weight, gradients) = (self.weight.clone(), self.gradients.clone());
+        let kept = gradients.are_wanted().then(|| Kept::new(ctx, x)).transpose()?;
+        let mut y = record(&[x], tensor(y, &[rows, n])?, kept.is_some(), move |dy, slopes| {
+            if let Some(kept) = kept {
+                kept.with_matrix(|x| gradients.add(ctx, x, &dy, k))?;
+            }
             if slopes.wants(0) {
                 slopes.add(0, backward::linear_input(ctx.isa, ctx.compute, &dy, matrix(&weight), k));
             }
@@ -117,22 +120,63 @@ impl Linear {
             // Factors read it, too.
             return self.forward(ctx, &activate(ctx, activation, x)?);
         }
-        let (rows, n, k) = self.check(x)?;
-        let inner = elementwise::activate(ctx.isa, activation, &x.elements()?);
-        let y = product(ctx.isa, ctx.compute, &inner, matrix(&self.weight), k, self.bias.as_deref());
-        let (layer, kept) = (self.clone(), x.without_tape());
+        let inner = move |x: &[&[f32]]| elementwise::activate(ctx.isa, activation, x[0]);
+        self.forward_of(ctx, &[x], inner, move |x, mut dx| {
+            backward::activate(ctx.isa, activation, x[0], &mut dx);
+            vec![dx]
+        })
+    }
+
+    /// The same of `activation(gate) · up`, which is computed again likewise.
+    pub fn forward_gated(
+        &self,
+        ctx: Context,
+        activation: Activation,
+        gate: &Tensor,
+        up: &Tensor,
+    ) -> Result<Tensor> {
+        if !self.low_rank.is_empty() {
+            return self.forward(ctx, &activate_gate(ctx, activation, gate, up)?);
+        }
+        expect_alike("forward_gated", gate, up)?;
+        let inner = move |x: &[&[f32]]| elementwise::activate_gate(ctx.isa, activation, x[0], x[1]);
+        self.forward_of(ctx, &[gate, up], inner, move |x, mut dgate| {
+            let dup = backward::activate_gate(ctx.isa, activation, x[0], x[1], &mut dgate);
+            vec![dgate, dup]
+        })
+    }
+
+    /// The same of what `inner` computes from `arguments`, which are kept in its place. `inner_backward` has the
+    /// gradients of the arguments from that of what was computed.
+    fn forward_of(
+        &self,
+        ctx: Context,
+        arguments: &[&Tensor],
+        inner: impl Fn(&[&[f32]]) -> Vec<f32> + Send + 'static,
+        inner_backward: impl FnOnce(&[&[f32]], Vec<f32>) -> Vec<Vec<f32>> + Send + 'static,
+    ) -> Result<Tensor> {
+        let (rows, n, k) = self.check(arguments[0])?;
+        let x = {
+            let lent = arguments.iter().map(|x| x.elements()).collect::<Result<Vec<_>>>()?;
+            inner(&lent.iter().map(|x| &**x).collect::<Vec<_>>())
+        };
+        let y = product(ctx.isa, ctx.compute, &x, matrix(&self.weight), k, self.bias.as_deref());
+        drop(x);
+        let kept = arguments.iter().map(|x| Kept::new(ctx, x)).collect::<Result<Vec<_>>>()?;
+        let layer = self.clone();
         let trains = self.gradients.are_wanted();
-        Ok(record(&[x], tensor(y, &[rows, n])?, trains, move |dy, slopes| {
-            let x = kept.elements()?;
-            if trains {
-                layer.gradients.add(ctx, &elementwise::activate(ctx.isa, activation, &x), &dy, k);
-            }
-            if slopes.wants(0) {
-                let mut dx = backward::linear_input(ctx.isa, ctx.compute, &dy, matrix(&layer.weight), k);
-                backward::activate(ctx.isa, activation, &x, &mut dx);
-                slopes.add(0, dx);
-            }
-            Ok(())
+        Ok(record(arguments, tensor(y, &[rows, n])?, trains, move |dy, slopes| {
+            Kept::with_all(&kept, |arguments| {
+                if trains {
+                    layer.gradients.add(ctx, Matrix::F32(&inner(arguments)), &dy, k);
+                }
+                if (0..arguments.len()).any(|argument| slopes.wants(argument)) {
+                    let dx = backward::linear_input(ctx.isa, ctx.compute, &dy, matrix(&layer.weight), k);
+                    for (argument, slope) in inner_backward(arguments, dx).into_iter().enumerate() {
+                        slopes.add(argument, slope);
+                    }
+                }
+            })
         }))
     }
 
@@ -151,7 +195,7 @@ impl Linear {
     pub fn backward(&self, ctx: Context, x: &[f32], dy: &[f32]) -> Vec<f32> {
         debug_assert!(self.low_rank.is_empty(), "low-rank factors go through the tape");
         let k = self.weight.shape()[1];
-        self.gradients.add(ctx, x, dy, k);
+        self.gradients.add(ctx, Matrix::F32(x), dy, k);
         backward::linear_input(ctx.isa, ctx.compute, dy, matrix(&self.weight), k)
     }
 
@@ -190,9 +234,9 @@ impl Gradients {
     }
 
     /// Adds those of `dy` `[T, N]` and the input `x` `[T, k]`.
-    fn add(&self, ctx: Context, x: &[f32], dy: &[f32], k: usize) {
+    fn add(&self, ctx: Context, x: Matrix<'_>, dy: &[f32], k: usize) {
         if let Some(gradient) = &self.weight {
-            backward::linear_weight(ctx.isa, ctx.compute, dy, x, k, &mut gradient.lock());
+            gradient.add_outer(ctx, dy, x, k);
         }
         if let Some(gradient) = &self.bias {
             backward::add_column_sums(dy, &mut gradient.lock());

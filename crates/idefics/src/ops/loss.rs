@@ -9,7 +9,7 @@ use idefics_kernels::{
 use super::{Context, Linear, Result, Tensor, dims2, message, rows, tensor};
 
 /// Logits that are in memory at a time, but for [`FEWEST_POSITIONS`].
-const LOGITS: usize = 4 << 20;
+const LOGITS: usize = 2 << 20;
 /// Positions whose logits are computed together, however large the vocabulary is.
 const FEWEST_POSITIONS: usize = 256;
 

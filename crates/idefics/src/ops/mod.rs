@@ -9,6 +9,7 @@
 mod attention;
 mod dropout;
 mod gradient;
+mod kept;
 mod linear;
 mod loss;
 mod row_ops;
@@ -27,15 +28,15 @@ pub use idefics_kernels::{
 pub use linear::{Embedding, Linear, LowRank};
 pub use loss::{LossSum, next_token_loss};
 pub use row_ops::{
-    Gate, LayerNorm, RmsNorm, activate, activate_gate, add, add_scaled, arrange_rows, concat_columns,
-    concat_rows, replace_rows, rotate, rows, select_rows,
+    Gate, LayerNorm, RmsNorm, activate, add, add_scaled, arrange_rows, concat_columns, concat_rows,
+    replace_rows, rotate, rows, select_rows,
 };
 pub use tape::{Input, Segment};
 
 use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, Device, Storage};
-use row_ops::add_times;
+use row_ops::{activate_gate, add_times, expect_alike};
 use tape::{Place, owned, record};
 
 /// How operations are computed: with which instructions, and what products are rounded to.

@@ -106,7 +106,12 @@ pub fn activate(ctx: Context, activation: Activation, x: &Tensor) -> Result<Tens
 }
 
 /// `activation(gate) · up`, element by element.
-pub fn activate_gate(ctx: Context, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+pub(super) fn activate_gate(
+    ctx: Context,
+    activation: Activation,
+    gate: &Tensor,
+    up: &Tensor,
+) -> Result<Tensor> {
     expect_alike("activate_gate", gate, up)?;
     let y = elementwise::activate_gate(ctx.isa, activation, &gate.elements()?, &up.elements()?);
     let kept = (gate.without_tape(), up.without_tape());
@@ -250,7 +255,7 @@ pub fn concat_columns(left: &Tensor, right: &Tensor) -> Result<Tensor> {
     Ok(Tensor { values: candle_core::Tensor::cat(&[&left.values, &right.values], 1)?, place: None })
 }
 
-fn expect_alike(what: &str, x: &Tensor, y: &Tensor) -> Result<()> {
+pub(super) fn expect_alike(what: &str, x: &Tensor, y: &Tensor) -> Result<()> {
     if x.dims() == y.dims() {
         return Ok(());
     }

@@ -8,11 +8,12 @@
 //! operation kept is freed once it was used. Gradients are handed on as they are where nobody else holds them,
 //! and sums are made in place.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use idefics_kernels::{elementwise, rows};
+use half::bf16;
+use idefics_kernels::{elementwise, linear::round_all, rows};
 
-use super::{Result, Tensor, tensor};
+use super::{Context, Result, Tensor, tensor};
 
 /// The gradient of one tensor on a tape. Whoever holds it alone may change it.
 pub(super) type Slope = Arc<Vec<f32>>;
@@ -23,6 +24,19 @@ pub(super) struct Place {
     tape: Arc<Tape>,
     /// The number under which its gradient is summed; none if nobody asks for that.
     slot: Option<usize>,
+    /// Its numbers rounded, once a product has kept them: the next one keeps the same.
+    rounded: Arc<OnceLock<Arc<Vec<bf16>>>>,
+}
+
+impl Place {
+    fn new(tape: Arc<Tape>, slot: Option<usize>) -> Self {
+        Self { tape, slot, rounded: Arc::default() }
+    }
+
+    /// The numbers of the tensor that stands here, `values`, rounded to bf16.
+    pub(super) fn rounded(&self, ctx: Context, values: &[f32]) -> Arc<Vec<bf16>> {
+        Arc::clone(self.rounded.get_or_init(|| Arc::new(round_all(ctx.isa, values))))
+    }
 }
 
 #[derive(Default)]
@@ -112,7 +126,7 @@ pub(super) fn record(
         entries.n_slots += 1;
         entries.list.push(entry);
     }
-    Tensor { values: result.values, place: Some(Place { tape, slot }) }
+    Tensor { values: result.values, place: Some(Place::new(tape, slot)) }
 }
 
 /// What a segment computes from its inputs.
@@ -214,7 +228,7 @@ fn tape(inputs: &[Tensor], kinds: &[Input], run: &Run<'_>) -> Result<(Taped, Ten
             let mut entries = tape.lock();
             let slot = (*kind == Input::Followed).then_some(entries.n_slots);
             entries.n_slots += usize::from(slot.is_some());
-            Tensor { values: x.values.clone(), place: Some(Place { tape: Arc::clone(&tape), slot }) }
+            Tensor { values: x.values.clone(), place: Some(Place::new(Arc::clone(&tape), slot)) }
         })
         .collect();
     let output = run(&on_tape)?;
