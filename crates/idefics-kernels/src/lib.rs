@@ -13,6 +13,7 @@
 // Kernels walk several arrays by one index.
 #![allow(clippy::needless_range_loop)]
 
+pub mod adamw;
 pub mod allocator;
 pub mod attention;
 pub mod backward;

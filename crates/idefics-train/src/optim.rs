@@ -1,13 +1,9 @@
-//! AdamW (Loshchilov and Hutter, 2019) as `torch.optim.AdamW` computes it, and the norm of all gradients.
-//!
-//! Surprising: nothing here depends on the number of threads. Sums run over pieces of a constant length, and the
-//! sums of the pieces are added in their order.
+//! AdamW (Loshchilov and Hutter, 2019) as `torch.optim.AdamW` computes it: what a step's arithmetic needs to know.
 
-use half::bf16;
-use rayon::prelude::*;
+use idefics_kernels::adamw::Step;
 use serde::{Deserialize, Serialize};
 
-use crate::moments::{Moments, PIECE};
+use crate::moments::Moments;
 
 /// The constants of AdamW. The defaults are those that IDEFICS was trained with.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -48,27 +44,15 @@ pub struct Update {
     pub gradient_scale: f32,
 }
 
-/// What one number needs in each step, computed once.
-#[derive(Clone, Copy)]
-struct Factors {
-    keep: f32,
-    beta1: f32,
-    beta2: f32,
-    step_size: f32,
-    second_root: f32,
-    eps: f32,
-    gradient_scale: f32,
-}
-
 impl Update {
-    fn factors(&self, decay: bool) -> Factors {
+    fn step(&self, decay: Decay) -> Step {
         let AdamW { beta1, beta2, eps, weight_decay } = self.adamw;
         let correction = |beta: f64| 1.0 - beta.powf(self.step as f64);
-        Factors {
-            keep: if decay { (1.0 - self.rate * weight_decay) as f32 } else { 1.0 },
+        Step {
+            keep: if decay == Decay::Yes { (1.0 - self.rate * weight_decay) as f32 } else { 1.0 },
             beta1: beta1 as f32,
             beta2: beta2 as f32,
-            step_size: (self.rate / correction(beta1)) as f32,
+            size: (self.rate / correction(beta1)) as f32,
             second_root: correction(beta2).sqrt() as f32,
             eps: eps as f32,
             gradient_scale: self.gradient_scale,
@@ -77,10 +61,7 @@ impl Update {
 
     /// Moves `values` against their gradient. `decay` as [`decays`] says.
     pub fn apply(&self, values: &mut [f32], gradient: &[f32], moments: &mut Moments, decay: Decay) {
-        let factors = self.factors(decay == Decay::Yes);
-        moments.change(self.step, values, gradient, |value, gradient, first, second| {
-            factors.apply(value, gradient, first, second);
-        });
+        moments.step(&self.step(decay), self.step, values, gradient);
     }
 }
 
@@ -91,35 +72,6 @@ pub enum Decay {
     Yes,
     /// It does not.
     No,
-}
-
-impl Factors {
-    #[inline]
-    fn apply(self, value: &mut f32, gradient: f32, first: &mut f32, second: &mut f32) {
-        let gradient = gradient * self.gradient_scale;
-        *value *= self.keep;
-        *first += (gradient - *first) * (1.0 - self.beta1);
-        *second = *second * self.beta2 + gradient * gradient * (1.0 - self.beta2);
-        *value -= self.step_size * *first / (second.sqrt() / self.second_root + self.eps);
-    }
-}
-
-/// The sum of the squares, in the same order on any number of threads.
-pub fn sum_of_squares(values: &[f32]) -> f64 {
-    let sums: Vec<f64> = values
-        .par_chunks(PIECE)
-        .map(|piece| piece.iter().map(|&value| f64::from(value) * f64::from(value)).sum())
-        .collect();
-    sums.into_iter().sum()
-}
-
-/// Rounds to bf16.
-pub fn round_to_bf16(values: &[f32], out: &mut [bf16]) {
-    out.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(out, values)| {
-        for (out, &value) in out.iter_mut().zip(values) {
-            *out = bf16::from_f32(value);
-        }
-    });
 }
 
 #[cfg(test)]
@@ -165,16 +117,4 @@ mod tests {
         [0.789_321_9, -1.866_463_2, 0.351_028_14],
         [0.710_483_97, -1.851_889_6, 0.287_209_2],
     ];
-
-    #[test]
-    fn sums_do_not_depend_on_threads() {
-        let values: Vec<f32> = (0..100_000).map(|n| (n as f32 * 0.37).sin()).collect();
-        let on = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| sum_of_squares(&values))
-        };
-        assert_eq!(on(1).to_bits(), on(3).to_bits());
-        let plain: f64 = values.iter().map(|&v| f64::from(v).powi(2)).sum();
-        assert!((on(1) - plain).abs() < 1e-6);
-    }
 }

@@ -12,12 +12,13 @@ use idefics::{
     model::WeightSource,
     ops::{Gradient, LowRank},
 };
+use idefics_kernels::{Isa, adamw::sum_of_squares, linear::round_into};
 
 use crate::{
     adapter::LoraLayer,
     error::TrainError,
     moments::{MomentFormat, Moments},
-    optim::{AdamW, Decay, Update, decays, round_to_bf16, sum_of_squares},
+    optim::{AdamW, Decay, Update, decays},
     rng::mix,
 };
 
@@ -146,7 +147,7 @@ impl Parameter {
         if let Some(master) = &mut self.master {
             let rounded = self.weight.as_bf16_mut().ok_or(SharedWeight)?;
             update.apply(master, &gradient, &mut self.moments, self.decay);
-            round_to_bf16(master, rounded);
+            round_into(Isa::best(), master, rounded);
         } else {
             let values = self.weight.as_f32_mut().ok_or(SharedWeight)?;
             update.apply(values, &gradient, &mut self.moments, self.decay);
@@ -304,7 +305,8 @@ impl Parameters {
 
     /// The norm of all gradients as one vector.
     pub fn gradient_norm(&self) -> f64 {
-        let squares = self.trained.values().map(|parameter| sum_of_squares(&parameter.gradient.lock()));
+        let squares =
+            self.trained.values().map(|parameter| sum_of_squares(Isa::best(), &parameter.gradient.lock()));
         squares.sum::<f64>().sqrt()
     }
 

@@ -168,8 +168,17 @@ fn rows_at_once(m: usize, k: usize) -> usize {
 /// Activations rounded to bf16, to nearest even.
 pub fn round_all(isa: Isa, values: &[f32]) -> Vec<bf16> {
     let mut out = vec![bf16::ZERO; values.len()];
-    for_each_run(&mut out, 1 << 14, |first, out| round(isa, &values[first..first + out.len()], out));
+    round_into(isa, values, &mut out);
     out
+}
+
+/// [`round_all`] into what is there.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn round_into(isa: Isa, values: &[f32], out: &mut [bf16]) {
+    assert_eq!(values.len(), out.len(), "one for each expected");
+    for_each_run(out, 1 << 14, |first, out| round(isa, &values[first..first + out.len()], out));
 }
 
 multiversion! { fn round(values: &[f32], out: &mut [bf16]) = round_body }
