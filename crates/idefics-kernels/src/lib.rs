@@ -33,3 +33,4 @@ mod simd;
 
 pub use isa::{Isa, Tier};
 pub use linear::{Compute, Matrix};
+pub use parallel::in_pool;

@@ -2,6 +2,12 @@
 
 use rayon::prelude::*;
 
+/// Runs `work` on a thread of the pool. From any other one each piece that is shared out would wait for a thread of the
+/// pool to take it up, and wake the caller at its end: a twentieth of a training step, more of a small model's.
+pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
+}
+
 /// A pointer that several threads may write through, each to its own elements.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedMut<T>(*mut T);

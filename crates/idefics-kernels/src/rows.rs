@@ -1,6 +1,6 @@
 //! Rows copied, put in another order, and added back.
 
-use std::ops::Range;
+use std::{mem::MaybeUninit, ops::Range};
 
 use half::bf16;
 
@@ -34,8 +34,11 @@ pub fn widened(values: &[bf16]) -> Vec<f32> {
         filled(values.len(), |out: SharedMut<f32>| {
             for_each(values.len().div_ceil(CHUNK), values.len(), |chunk| {
                 let first = chunk * CHUNK;
-                for (i, value) in values[first..values.len().min(first + CHUNK)].iter().enumerate() {
-                    out.at(first + i).write(f32::from_bits(u32::from(value.to_bits()) << 16));
+                let chunk = &values[first..values.len().min(first + CHUNK)];
+                let out =
+                    std::slice::from_raw_parts_mut(out.at(first).cast::<MaybeUninit<f32>>(), chunk.len());
+                for (out, value) in out.iter_mut().zip(chunk) {
+                    out.write(f32::from_bits(u32::from(value.to_bits()) << 16));
                 }
             });
         })

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::product::{View, add_product};
+use super::product::{ROWS, View, add_product};
 use crate::{
     Isa, Tier,
     attention::{Heads, Visible},
@@ -16,8 +16,8 @@ use crate::{
     simd::{Simd, portable::Portable},
 };
 
-/// Queries whose scores are in memory at a time.
-const QUERIES: usize = 64;
+/// Most queries whose scores are in memory at a time: whole tiles of a product.
+const QUERIES: usize = 12 * ROWS;
 
 /// Rows of queries and the rows of keys and values they look at.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,25 +56,30 @@ pub fn attention(
         let (jobs, head) = (groups[unit / heads.n_heads], unit % heads.n_heads);
         let column = head * heads.head_dim;
         let gather = |data: &[f32], (first, count): (usize, usize)| -> Vec<f32> {
-            (first..first + count)
-                .flat_map(|row| &data[row * width + column..][..heads.head_dim])
-                .copied()
-                .collect()
+            let mut rows = Vec::with_capacity(count * heads.head_dim);
+            for row in first..first + count {
+                rows.extend_from_slice(&data[row * width + column..][..heads.head_dim]);
+            }
+            rows
         };
         let scatter = |values: &[f32], first: usize, to: SharedMut<f32>| {
             for (row, values) in values.chunks_exact(heads.head_dim).enumerate() {
-                for (i, value) in values.iter().enumerate() {
-                    // SAFETY: the rows are inside by the assertions above. Groups have no key rows in common and
-                    // a query belongs to one job, so this head's columns of these rows are this unit's alone.
-                    unsafe { to.write((first + row) * width + column + i, *value) };
+                // SAFETY: the rows are inside by the assertions above. Groups have no key rows in common and
+                // a query belongs to one job, so this head's columns of these rows are this unit's alone.
+                unsafe {
+                    let to = to.at((first + row) * width + column);
+                    to.copy_from_nonoverlapping(values.as_ptr(), values.len());
                 }
             }
         };
         let keys = Keys::new(gather(k, jobs[0].keys), &gather(v, jobs[0].keys), heads);
         let mut sums = KeySums { keys: vec![0.0; keys.keys.len()], values: vec![0.0; keys.keys.len()] };
         for job in jobs {
-            for first in (0..job.queries.1).step_by(QUERIES) {
-                let rows = (job.queries.0 + first, QUERIES.min(job.queries.1 - first));
+            // Blocks of nearly one size, so that the last one is worth its while.
+            let count = job.queries.1;
+            let each = count.div_ceil(count.div_ceil(QUERIES).max(1)).next_multiple_of(ROWS);
+            for first in (0..count).step_by(each) {
+                let rows = (job.queries.0 + first, each.min(count - first));
                 let (q, dy) = (gather(q, rows), gather(dy, rows));
                 let mut dq = vec![0.0; q.len()];
                 let block = Block { first, visible: job.visible, q: &q, dy: &dy };
@@ -119,11 +124,26 @@ struct Block<'a> {
 impl Keys {
     fn new(keys: Vec<f32>, values: &[f32], heads: Heads) -> Self {
         let (dim, count) = (heads.head_dim, keys.len() / heads.head_dim);
-        let transpose = |rows: &[f32]| -> Vec<f32> {
-            (0..dim).flat_map(|d| (0..count).map(move |s| rows[s * dim + d])).collect()
-        };
-        Self { keys_t: transpose(&keys), values_t: transpose(values), keys, count, dim, scale: heads.scale }
+        let (keys_t, values_t) = (transpose(&keys, dim), transpose(values, dim));
+        Self { keys_t, values_t, keys, count, dim, scale: heads.scale }
     }
+}
+
+/// `[S, K]` to `[K, S]`, square by square: a column of all rows would leave the cache.
+fn transpose(rows: &[f32], dim: usize) -> Vec<f32> {
+    const SIDE: usize = 16;
+    let count = rows.len() / dim;
+    let mut columns = vec![0.0; rows.len()];
+    for row in (0..count).step_by(SIDE) {
+        for column in (0..dim).step_by(SIDE) {
+            for d in column..dim.min(column + SIDE) {
+                for s in row..count.min(row + SIDE) {
+                    columns[d * count + s] = rows[s * dim + d];
+                }
+            }
+        }
+    }
+    columns
 }
 
 fn block_gradients(isa: Isa, keys: &Keys, block: &Block<'_>, dq: &mut [f32], sums: &mut KeySums) {

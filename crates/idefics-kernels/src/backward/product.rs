@@ -11,7 +11,7 @@ pub(super) struct View<'a> {
 }
 
 /// Rows of a tile; with two vectors of columns its sums fill 12 registers.
-const ROWS: usize = 6;
+pub(super) const ROWS: usize = 6;
 
 /// `out [m, n] += a [m, k] · b [k, n]`, rows of `b` and `out` contiguous, `b_stride` and `out_stride` apart.
 ///

@@ -118,7 +118,7 @@ impl Model {
 
     /// Pictures to image states, each with the keys and values of every gated block.
     pub fn encode_images(&self, images: &[&PixelValues]) -> Result<Vec<Arc<ImageStates>>, ModelError> {
-        self.encode_images_observed(images, &mut unobserved)
+        ops::in_pool(|| self.encode_images_observed(images, &mut unobserved))
     }
 
     /// As [`encode_images`](Self::encode_images), showing every intermediate value.
@@ -319,6 +319,13 @@ impl StepModel for Model {
     }
 
     fn step(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Vec<Vec<f32>>, ModelError> {
+        ops::in_pool(|| self.wanted_logits(rows))
+    }
+}
+
+impl Model {
+    /// Feeds the tokens of all rows; returns the logits that each asks for.
+    fn wanted_logits(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Vec<Vec<f32>>, ModelError> {
         let hidden = self.forward(rows)?; // [T, D]
         let mut wanted = Vec::new();
         let mut counts = Vec::with_capacity(rows.len());

@@ -85,6 +85,15 @@ impl Model {
         options: &LossOptions,
         kept: &mut KeptImages,
     ) -> Result<LossSum, ModelError> {
+        ops::in_pool(|| self.forward_and_backward(batch, options, kept))
+    }
+
+    fn forward_and_backward(
+        &self,
+        batch: &[TrainingSequence],
+        options: &LossOptions,
+        kept: &mut KeptImages,
+    ) -> Result<LossSum, ModelError> {
         let packed = self.pack(batch)?;
         if packed.targets.is_empty() {
             return Ok(LossSum::default());
@@ -181,6 +190,10 @@ impl Model {
 
     /// The loss of a batch alone.
     pub fn evaluate_loss(&self, batch: &[TrainingSequence]) -> Result<LossSum, ModelError> {
+        ops::in_pool(|| self.loss_alone(batch))
+    }
+
+    fn loss_alone(&self, batch: &[TrainingSequence]) -> Result<LossSum, ModelError> {
         let packed = self.pack(batch)?;
         if packed.targets.is_empty() {
             return Ok(LossSum::default());

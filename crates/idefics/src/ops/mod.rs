@@ -22,6 +22,7 @@ pub use idefics_kernels::{
     Compute, Isa,
     attention::{Heads, Visible},
     elementwise::Activation,
+    in_pool,
     rope::RotaryTable,
     rows::Run,
 };
