@@ -100,7 +100,8 @@ impl Idefics {
         let adapters = Adapters::open(&options.adapters, &checkpoint.config)?;
         let weights = Adapted { weights: &checkpoint.weights, adapters: &adapters };
         let mut model = Model::new(checkpoint.config, &weights, ctx)?.with_other_sizes(options.other_sizes);
-        if let Some(resident_bytes) = resident_bytes(model.step_weight_bytes() as u64, available_memory()) {
+        if let Some(resident_bytes) = resident_bytes(model.step_weight_bytes(true) as u64, available_memory())
+        {
             model = model.with_read_ahead(resident_bytes);
         }
         Ok(Self { model, generation_config: checkpoint.generation_config })

@@ -220,11 +220,12 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
     }
 
     let (read, bf16) = (read.median(), bf16.median());
-    let (bytes, parameters) = (model.step_weight_bytes() as f64, model.step_parameters() as f64);
+    let parameters = model.step_parameters(true) as f64;
     let decode = decode.iter().enumerate().map(|(index, samples)| {
         let (batch, images) =
             (plan.batches[index / plan.images.len()], plan.images[index % plan.images.len()]);
         let steps_per_s = 1.0 / samples.median();
+        let bytes = model.step_weight_bytes(images > 0) as f64;
         Decode {
             batch,
             images,

@@ -91,7 +91,12 @@ impl Model {
                 let block = index.is_multiple_of(self.config.cross_layer_interval);
                 let block =
                     block.then(|| &self.gated_cross_attn_layers[index / self.config.cross_layer_interval]);
-                part(block.into_iter().flat_map(|block| block.linears()).chain(self.layers[index].linears()))
+                part(
+                    block
+                        .into_iter()
+                        .flat_map(|block| block.attention_linears().into_iter().chain(block.mlp_linears()))
+                        .chain(self.layers[index].linears()),
+                )
             })
             .collect();
         parts.push(part(self.lm_head.linears()));
@@ -221,18 +226,23 @@ impl Model {
         Ok(self.lm_head.forward(self.ctx, hidden)?)
     }
 
-    /// Bytes of weights that a step reads when some token looks at an image; norms not counted.
-    pub fn step_weight_bytes(&self) -> usize {
-        self.step_linears().map(Linear::num_bytes).sum()
+    /// Bytes of weights that a step reads, norms not counted. Attention of gated blocks is read when some token looks
+    /// at an image.
+    pub fn step_weight_bytes(&self, looks: bool) -> usize {
+        self.step_linears(looks).map(Linear::num_bytes).sum()
     }
 
-    /// Weights that a token is multiplied with when it looks at an image and its logits are asked for.
-    pub fn step_parameters(&self) -> usize {
-        self.step_linears().map(Linear::parameters).sum()
+    /// Weights that a token is multiplied with when its logits are asked for; `looks` as in
+    /// [`step_weight_bytes`](Self::step_weight_bytes).
+    pub fn step_parameters(&self, looks: bool) -> usize {
+        self.step_linears(looks).map(Linear::parameters).sum()
     }
 
-    fn step_linears(&self) -> impl Iterator<Item = &Linear> {
-        let gated = self.gated_cross_attn_layers.iter().flat_map(|block| block.linears());
+    fn step_linears(&self, looks: bool) -> impl Iterator<Item = &Linear> {
+        let gated = self.gated_cross_attn_layers.iter().flat_map(move |block| {
+            let attention = looks.then(|| block.attention_linears()).into_iter().flatten();
+            attention.chain(block.mlp_linears())
+        });
         self.layers.iter().flat_map(|layer| layer.linears()).chain(gated).chain(self.lm_head.linears())
     }
 
@@ -315,7 +325,7 @@ impl StepModel for Model {
     }
 
     fn weight_bytes(&self) -> usize {
-        self.step_weight_bytes()
+        self.step_weight_bytes(true)
     }
 
     fn step(&self, rows: &mut [Row<'_, SequenceCache>]) -> Result<Vec<Vec<f32>>, ModelError> {

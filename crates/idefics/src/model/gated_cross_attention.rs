@@ -81,9 +81,14 @@ impl GatedCrossAttention {
         })
     }
 
-    /// The products of a step; keys and values of images are computed before.
-    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
-        [&self.q_proj, &self.o_proj].into_iter().chain(self.mlp.linears())
+    /// The products of a step for tokens that look at an image; keys and values of images are computed before.
+    pub(super) fn attention_linears(&self) -> [&Linear; 2] {
+        [&self.q_proj, &self.o_proj]
+    }
+
+    /// Those for every token.
+    pub(super) fn mlp_linears(&self) -> [&Linear; 3] {
+        self.mlp.linears()
     }
 
     /// Keys and values of one image `[L, E]`: they depend on nothing else, so they are computed once.
