@@ -52,11 +52,15 @@ impl<T> SharedMut<T> {
     }
 }
 
+/// Whether work of that size is worth waking other threads for.
+pub(crate) fn is_worth_sharing(flops: usize) -> bool {
+    // Waking a thread takes some 5 µs, in which one core does about 100 kFLOP of dot products.
+    flops >= 200_000
+}
+
 /// Runs `work` on `0..n_items`, in parallel when `flops` is worth waking other threads for.
 pub(crate) fn for_each(n_items: usize, flops: usize, work: impl Fn(usize) + Sync + Send) {
-    // Waking a thread takes some 5 µs, in which one core does about 100 kFLOP of dot products.
-    const WORTH_SHARING: usize = 200_000;
-    if flops < WORTH_SHARING || n_items < 2 {
+    if !is_worth_sharing(flops) || n_items < 2 {
         (0..n_items).for_each(work);
     } else {
         (0..n_items).into_par_iter().for_each(work);

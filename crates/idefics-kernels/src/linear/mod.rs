@@ -19,12 +19,13 @@ pub(crate) mod tile;
 mod tests;
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use crate::{
     Isa,
     isa::multiversion,
     nf4::Nf4,
-    parallel::{SharedMut, filled, for_each_run},
+    parallel::{SharedMut, filled, for_each_run, is_worth_sharing},
     q8::Q8,
 };
 use job::Job;
@@ -163,6 +164,27 @@ fn multiply(
 fn rows_at_once(m: usize, k: usize) -> usize {
     let most = ((4 << 20) / k).max(256);
     m.div_ceil(m.div_ceil(most))
+}
+
+/// [`product`] of the same `x` with several weights, each with its bias, at once: threads that are done with one go on
+/// with the next, where they would wait for each other after each.
+///
+/// # Panics
+/// As [`linear`].
+pub fn products(
+    isa: Isa,
+    compute: Compute,
+    x: &[f32],
+    weights: &[(Matrix<'_>, Option<&[f32]>)],
+    k: usize,
+) -> Vec<Vec<f32>> {
+    let one = |&(weight, bias): &(Matrix<'_>, _)| product(isa, compute, x, weight, k, bias);
+    let flops: usize = weights.iter().map(|(weight, _)| 2 * x.len() * (weight.len() / k)).sum();
+    if is_worth_sharing(flops) {
+        weights.par_iter().with_max_len(1).map(one).collect()
+    } else {
+        weights.iter().map(one).collect()
+    }
 }
 
 /// Activations rounded to bf16, to nearest even.

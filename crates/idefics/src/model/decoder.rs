@@ -111,9 +111,8 @@ impl DecoderLayer {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> ops::Result<Tensor>,
     ) -> ops::Result<Tensor> {
         let normed = self.input_layernorm.forward(ctx, x)?;
-        let q = self.q_proj.forward(ctx, &normed)?; // [T, H·K]
-        let k = self.k_proj.forward(ctx, &normed)?;
-        let v = self.v_proj.forward(ctx, &normed)?;
+        let layers = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let [q, k, v] = Linear::forward_all(layers, ctx, &normed)?; // [T, H·K]
         let q = ops::rotate(&q, &positions.table, &positions.of_tokens)?;
         let k = ops::rotate(&k, &positions.table, &positions.of_tokens)?;
         let attended = attend(&q, &k, &v)?; // [T, H·K]

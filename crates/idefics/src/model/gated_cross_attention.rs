@@ -101,8 +101,8 @@ impl GatedCrossAttention {
 
     /// Keys and values of images `[ΣL, E]`, `[ΣL, H·K]` each.
     fn keys_values(&self, ctx: Context, images: &Tensor) -> ops::Result<(Tensor, Tensor)> {
-        let k = self.k_proj.forward(ctx, images)?;
-        Ok((normed_heads(ctx, self.k_layer_norm.as_ref(), k)?, self.v_proj.forward(ctx, images)?))
+        let [k, v] = Linear::forward_all([&self.k_proj, &self.v_proj], ctx, images)?;
+        Ok((normed_heads(ctx, self.k_layer_norm.as_ref(), k)?, v))
     }
 
     /// `[T, D] -> [T, D]`.

@@ -30,8 +30,7 @@ impl Mlp {
 
     /// `[T, D] -> [T, D]`.
     pub(super) fn forward(&self, ctx: Context, x: &Tensor) -> ops::Result<Tensor> {
-        let gate = self.gate_proj.forward(ctx, x)?; // [T, F]
-        let up = self.up_proj.forward(ctx, x)?; // [T, F]
+        let [gate, up] = Linear::forward_all([&self.gate_proj, &self.up_proj], ctx, x)?; // [T, F]
         self.down_proj.forward_gated(ctx, self.activation, &gate, &up)
     }
 }

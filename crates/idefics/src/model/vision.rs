@@ -238,9 +238,8 @@ impl Layer {
     /// `[ΣP, E] -> [ΣP, E]`; attention stays inside each picture.
     fn forward(&self, ctx: Context, x: &Tensor, groups: &Arc<[AttentionGroup]>) -> ops::Result<Tensor> {
         let normed = self.layer_norm1.forward(ctx, x)?;
-        let q = self.q_proj.forward(ctx, &normed)?; // [ΣP, H·K]
-        let k = self.k_proj.forward(ctx, &normed)?;
-        let v = self.v_proj.forward(ctx, &normed)?;
+        let layers = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let [q, k, v] = Linear::forward_all(layers, ctx, &normed)?; // [ΣP, H·K]
         let attended = ops::attention_within(ctx, self.heads, &q, &k, &v, groups)?;
         let x = ops::add(x, &self.out_proj.forward(ctx, &attended)?)?;
 

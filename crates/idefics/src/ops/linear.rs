@@ -5,7 +5,7 @@ use std::sync::Arc;
 use idefics_kernels::{
     Matrix, backward,
     elementwise::{self, Activation},
-    linear::product,
+    linear::{product, products},
 };
 
 use super::{
@@ -90,12 +90,30 @@ impl Linear {
 
     /// `[T, K] -> [T, N]`.
     pub fn forward(&self, ctx: Context, x: &Tensor) -> Result<Tensor> {
-        let (rows, n, k) = self.check(x)?;
-        let bias = self.bias.as_deref();
-        let y = product(ctx.isa, ctx.compute, &x.elements()?, matrix(&self.weight), k, bias);
+        let [y] = Self::forward_all([self], ctx, x)?;
+        Ok(y)
+    }
+
+    /// The same of several layers that read the same rows, at once.
+    pub fn forward_all<const N: usize>(layers: [&Self; N], ctx: Context, x: &Tensor) -> Result<[Tensor; N]> {
+        let extents = layers.iter().map(|layer| layer.check(x)).collect::<Result<Vec<_>>>()?;
+        let Some(&(rows, _, k)) = extents.first() else { return Err(message("no layers".to_owned())) };
+        let weights = layers.map(|layer| (matrix(&layer.weight), layer.bias.as_deref()));
+        let products = products(ctx.isa, ctx.compute, &x.elements()?, &weights, k);
+        let ys = layers.iter().zip(products).zip(extents).map(|((layer, y), (_, n, _))| {
+            let y = layer.recorded(ctx, x, tensor(y, &[rows, n])?)?;
+            layer.with_factors(ctx, x, y)
+        });
+        let ys = ys.collect::<Result<Vec<_>>>()?;
+        Ok(ys.try_into().unwrap_or_else(|_| unreachable!("one for each layer")))
+    }
+
+    /// The product `y` of `x` with its way back.
+    fn recorded(&self, ctx: Context, x: &Tensor, y: Tensor) -> Result<Tensor> {
         let (weight, gradients) = (self.weight.clone(), self.gradients.clone());
+        let k = dims2(x)?.1;
         let kept = gradients.are_wanted().then(|| Kept::new(ctx, x)).transpose()?;
-        let mut y = record(&[x], tensor(y, &[rows, n])?, kept.is_some(), move |dy, slopes| {
+        Ok(record(&[x], y, kept.is_some(), move |dy, slopes| {
             if let Some(kept) = kept {
                 kept.with_matrix(|x| gradients.add(ctx, x, &dy, k))?;
             }
@@ -103,7 +121,11 @@ impl Linear {
                 slopes.add(0, backward::linear_input(ctx.isa, ctx.compute, &dy, matrix(&weight), k));
             }
             Ok(())
-        });
+        }))
+    }
+
+    /// `y` and what low-rank factors add to it.
+    fn with_factors(&self, ctx: Context, x: &Tensor, mut y: Tensor) -> Result<Tensor> {
         for (a, b, low_rank) in &self.low_rank {
             let LowRankScale { scale, dropout: share, dropout_seed } = *low_rank;
             let seen = if share > 0.0 { dropout(x, share, dropout_seed)? } else { x.clone() };
