@@ -7,6 +7,7 @@ use idefics::{
     checkpoint::{Part, Weights},
     config::IdeficsConfig,
     generate::available_bytes,
+    ops::Compute,
     quantize::{Format, Recipe},
 };
 use serde::Serialize;
@@ -39,6 +40,8 @@ pub struct Workload<'a> {
     pub tokens: usize,
     /// Its pictures.
     pub images: usize,
+    /// What products are rounded to.
+    pub compute: Compute,
 }
 
 /// Bytes by what they are for.
@@ -54,6 +57,9 @@ pub struct Prediction {
     pub moments: u64,
     /// What the largest pass keeps.
     pub activations: u64,
+    /// What of both is never there at once: gradients come as what a pass keeps goes. Nothing where the gradients of
+    /// several passes are added up.
+    pub reused: u64,
     /// What a frozen tower has made of pictures, when its place is full.
     pub images: u64,
 }
@@ -63,7 +69,7 @@ impl Prediction {
     pub fn new(work: &Workload<'_>) -> Self {
         let recipe = work.config.quantize.as_ref().map(crate::config::QuantizeOptions::recipe);
         let format = work.config.optimizer.moments;
-        let (mut frozen, mut trained, mut elements, mut moments) = (0, 0, 0, 0);
+        let (mut frozen, mut trained, mut elements, mut moments, mut largest) = (0, 0, 0, 0, 0);
         for (name, weight) in work.weights.iter() {
             let len = weight.len() as u64;
             if (work.is_trained)(name) {
@@ -72,6 +78,7 @@ impl Prediction {
                         && weight.dtype() == idefics::checkpoint::DType::Bf16);
                 trained += len * if is_bf16 { F32 + 2 } else { F32 };
                 elements += len;
+                largest = largest.max(len);
                 moments += format.num_bytes(len);
             } else {
                 frozen += packed_bytes(recipe.as_ref(), name, len).unwrap_or(weight.bytes().len() as u64);
@@ -86,19 +93,27 @@ impl Prediction {
                 moments += format.num_bytes(len);
             }
         }
+        let (gradients, activations) = (elements * F32, activations(work));
+        // The last layers' gradients and the largest one, the head's or the embeddings', come before the rest goes.
+        let reused = match work.config.batch.accumulation {
+            1 => gradients.min(activations).saturating_sub(2 * largest * F32),
+            _ => 0,
+        };
         Self {
             frozen,
             trained,
-            gradients: elements * F32,
+            gradients,
             moments,
-            activations: activations(work),
+            activations,
+            reused,
             images: work.config.loading.kept_image_bytes() as u64,
         }
     }
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.frozen + self.trained + self.gradients + self.moments + self.activations + self.images
+        let passes = self.gradients + self.activations - self.reused;
+        self.frozen + self.trained + self.moments + passes + self.images
     }
 
     /// Refuses what will not fit, with numbers.
@@ -113,7 +128,7 @@ impl Prediction {
         if self.total() <= available {
             return Ok(());
         }
-        let Self { frozen, trained, gradients, moments, activations, images } = *self;
+        let Self { frozen, trained, gradients, moments, activations, images, .. } = *self;
         let parts = [
             (frozen, "frozen weights, which `quantize` packs"),
             (
@@ -157,32 +172,40 @@ fn packed_bytes(recipe: Option<&Recipe>, name: &str, len: u64) -> Option<u64> {
 fn activations(work: &Workload<'_>) -> u64 {
     let (model, vision) = (work.model, &work.model.vision_config);
     let size = |count: usize| count as u64;
+    let keeps = work.config.run.tape == TapeName::Keep;
+    // What products read is kept as they round it.
+    let factor = if work.compute == Compute::F32 { F32 } else { 2 };
+    // A layer of `rows` vectors of `d`, whose MLP has `f` inside in `halves` halves. Kept: what goes in and what goes
+    // into the second norm; both normed, queries, keys, values and attention; the inside of the MLP.
+    let kept = |rows: u64, d: u64, f: u64, halves: u64| rows * (2 * d * F32 + (6 * d + halves * f) * factor);
+    // On the way back, while a layer's gradients are there beside what it kept.
+    let passing = |rows: u64, d: u64, f: u64, halves: u64| rows * (8 * d + (halves + 1) * f) * F32;
+    let of_layers = |layers: u64, rows: u64, d: u64, kept: u64, passing: u64| {
+        if keeps { layers * kept + passing } else { layers * rows * d * F32 + kept + passing }
+    };
+
     let tokens = size(work.tokens);
     let (d, f) = (size(model.hidden_size), size(model.intermediate_size));
     let layers = size(model.num_hidden_layers + model.num_cross_layers());
-    // Normed inputs, queries, keys, values, attention, both halves of the MLP and what activations keep, and the
-    // same again for their gradients.
-    let layer = tokens * (10 * d + 4 * f) * F32;
-    let text = match work.config.run.tape {
-        TapeName::Recompute => layers * tokens * d * F32 + 2 * layer,
-        TapeName::Keep => (layers + 1) * layer,
-    };
+    let text = of_layers(layers, tokens, d, kept(tokens, d, f, 2), passing(tokens, d, f, 2));
+
     let images = size(work.images);
-    let (p, e) = (size(vision.num_positions()), size(vision.embed_dim));
+    let (p, e, inner) =
+        (size(vision.num_positions()), size(vision.embed_dim), size(vision.intermediate_size));
     let has_factors = |prefix: &str| work.lora.iter().any(|layer| layer.module.starts_with(prefix));
     let is_trained = |prefix: &str| {
         has_factors(prefix)
             || work.weights.iter().any(|(name, _)| name.starts_with(prefix) && (work.is_trained)(name))
     };
-    let tower_layer = p * (8 * e + 2 * size(vision.intermediate_size)) * F32;
     let tower = if is_trained("model.vision_model.") {
-        images * (size(vision.num_hidden_layers) * p * e * F32 + 2 * tower_layer)
+        let (rows, layers) = (images * p, size(vision.num_hidden_layers));
+        of_layers(layers, rows, e, kept(rows, e, inner, 1), passing(rows, e, inner, 1))
     } else {
-        images.min(IMAGES_AT_ONCE) * tower_layer
+        passing(images.min(IMAGES_AT_ONCE) * p, e, inner, 1)
     };
     let pixels = images * 3 * size(vision.image_size * vision.image_size) * F32;
-    // The head works on some hundred rows at a time.
-    let logits = tokens.min(512) * size(model.vocab_size + model.additional_vocab_size) * F32;
+    // The head works on some hundred rows at a time, and beside them on their gradients.
+    let logits = 2 * tokens.min(256) * size(model.vocab_size + model.additional_vocab_size) * F32;
     text + tower + pixels + logits
 }
 
@@ -201,25 +224,30 @@ mod tests {
     use super::*;
 
     fn predict(overrides: &[&str], is_trained: &dyn Fn(&str) -> bool) -> Prediction {
-        let text = "model='m'\noutput='o'\n[run]\nsteps=1\n[[data]]\nformat='jsonl'\npath='x'\n";
-        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
-        let config = TrainConfig::parse("test", text, &overrides).unwrap();
         let weights: Weights = [
             ("model.layers.0.mlp.up_proj.weight", Weight::from_f32(vec![0.0; 6400], [100, 64])),
             ("model.norm.weight", Weight::from_f32(vec![0.0; 64], [64]).to_dtype(DType::Bf16)),
         ]
         .into_iter()
         .collect();
+        predict_for(overrides, &weights, is_trained)
+    }
+
+    fn predict_for(overrides: &[&str], weights: &Weights, is_trained: &dyn Fn(&str) -> bool) -> Prediction {
+        let text = "model='m'\noutput='o'\n[run]\nsteps=1\n[[data]]\nformat='jsonl'\npath='x'\n";
+        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        let config = TrainConfig::parse("test", text, &overrides).unwrap();
         let model = IdeficsConfig::default();
         let (tokens, images) = (100, 2);
         Prediction::new(&Workload {
             config: &config,
             model: &model,
-            weights: &weights,
+            weights,
             is_trained,
             lora: &[],
             tokens,
             images,
+            compute: Compute::F32,
         })
     }
 
@@ -237,6 +265,23 @@ mod tests {
     }
 
     #[test]
+    fn gradients_take_over_what_a_pass_kept_unless_passes_add_up() {
+        let (one, two) = (predict(&[], &|_| true), predict(&["batch.accumulation=2"], &|_| true));
+        assert_eq!((one.reused, two.reused), (0, 0), "nearly all of it is the largest gradient");
+        assert_eq!(one.total(), two.total());
+        let many: Weights = (0..20)
+            .map(|layer| {
+                let name = format!("model.layers.{layer}.mlp.up_proj.weight");
+                (name, Weight::from_f32(vec![0.0; 6400], [100, 64]))
+            })
+            .collect();
+        let (one, two) =
+            (predict_for(&[], &many, &|_| true), predict_for(&["batch.accumulation=2"], &many, &|_| true));
+        assert_eq!((one.reused, two.reused), (18 * 6400 * 4, 0));
+        assert_eq!(two.total() - one.total(), one.reused);
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_with_numbers() {
         let prediction = Prediction {
             frozen: 1_000_000_000,
@@ -244,6 +289,7 @@ mod tests {
             gradients: 20_000_000_000,
             moments: 40_000_000_000,
             activations: 500_000_000,
+            reused: 0,
             images: 0,
         };
         assert!(prediction.check_against(100_000_000_000).is_ok());

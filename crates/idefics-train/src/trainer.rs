@@ -685,6 +685,7 @@ fn predict(
         lora: lora.map_or(&[], |lora| &lora.layers),
         tokens: longest.iter().map(|sequence| sequence.token_ids.len()).sum(),
         images: longest.iter().map(|sequence| sequence.images.len()).sum(),
+        compute: context(config, weights).compute,
     }))
 }
 

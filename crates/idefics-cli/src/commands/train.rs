@@ -157,8 +157,13 @@ fn describe(trainer: &Trainer) {
         0 => String::new(),
         bytes => format!(" + up to {} pictures that were read", gigabytes(bytes)),
     };
+    let reused = match memory.reused {
+        0 => String::new(),
+        bytes => format!(" - {} that gradients take over from it", gigabytes(bytes)),
+    };
     eprintln!(
-        "memory: {} = {} frozen + {} trained + {} gradients + {} moments + {} for the largest pass (estimated){images}",
+        "memory: {} = {} frozen + {} trained + {} gradients + {} moments + {} for the largest pass (estimated){reused}\
+         {images}",
         gigabytes(memory.total()),
         gigabytes(memory.frozen),
         gigabytes(memory.trained),
