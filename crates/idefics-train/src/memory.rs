@@ -21,8 +21,6 @@ use crate::{
 
 /// Bytes of an `f32`.
 const F32: u64 = 4;
-/// Pictures that go through a frozen tower at once.
-const IMAGES_AT_ONCE: u64 = 4;
 
 /// What the memory of a run follows from.
 pub struct Workload<'a> {
@@ -201,7 +199,7 @@ fn activations(work: &Workload<'_>) -> u64 {
         let (rows, layers) = (images * p, size(vision.num_hidden_layers));
         of_layers(layers, rows, e, kept(rows, e, inner, 1), passing(rows, e, inner, 1))
     } else {
-        passing(images.min(IMAGES_AT_ONCE) * p, e, inner, 1)
+        passing(images * p, e, inner, 1)
     };
     let pixels = images * 3 * size(vision.image_size * vision.image_size) * F32;
     // The head works on some hundred rows at a time, and beside them on their gradients.

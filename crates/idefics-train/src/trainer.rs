@@ -461,7 +461,7 @@ impl Trainer {
     }
 
     /// The loss of the weights as they are on the evaluation data.
-    pub fn evaluation_loss(&self) -> Result<LossSum, TrainError> {
+    pub fn evaluation_loss(&mut self) -> Result<LossSum, TrainError> {
         let model = self.learner.model()?;
         let mut loss = LossSum::default();
         let (tokens, images) = (self.config.batch.tokens, self.config.batch.images);
@@ -473,7 +473,7 @@ impl Trainer {
                 sums.0 <= tokens && sums.1 <= images
             });
             let (batch, others) = rest.split_at(fits.count().max(1));
-            loss.add(&model.evaluate_loss(batch)?);
+            loss.add(&model.evaluate_loss_with(batch, &mut self.learner.kept_images)?);
             rest = others;
         }
         Ok(loss)

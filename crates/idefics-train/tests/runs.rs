@@ -305,7 +305,7 @@ fn adapters_are_trained_beside_packed_layers() {
     let start = format!("lora.start='{}'", run.output("whole").join("adapter").display());
     let overrides = run.overrides.iter().cloned().chain([start]).collect();
     let next = Run { overrides, ..run };
-    let trainer = next.trainer("next", Start::Fresh).unwrap();
+    let mut trainer = next.trainer("next", Start::Fresh).unwrap();
     assert_eq!(trainer.evaluation_loss().unwrap().mean(), whole.evaluation.unwrap().loss);
     let packed = trainer.parameters().frozen().iter_packed().count();
     assert!(packed > 0);

@@ -253,6 +253,9 @@ fn pictures_that_a_frozen_tower_has_read_give_the_same_bits() {
                 }
                 assert!(kept.num_bytes() >= before.max(1));
             }
+            let model = setup.model(&alone, Isa::best());
+            let evaluated = model.evaluate_loss(&rows).expect("a loss");
+            assert_eq!(model.evaluate_loss_with(&rows, &mut kept).expect("a loss"), evaluated);
         }
     }
 }

@@ -190,29 +190,35 @@ impl Model {
 
     /// The loss of a batch alone.
     pub fn evaluate_loss(&self, batch: &[TrainingSequence]) -> Result<LossSum, ModelError> {
-        ops::in_pool(|| self.loss_alone(batch))
+        self.evaluate_loss_with(batch, &mut KeptImages::new(0))
     }
 
-    fn loss_alone(&self, batch: &[TrainingSequence]) -> Result<LossSum, ModelError> {
+    /// As [`evaluate_loss`](Self::evaluate_loss), with the same bits, reading pictures that a frozen tower has read
+    /// before from `kept`. Those that are new are added to it.
+    pub fn evaluate_loss_with(
+        &self,
+        batch: &[TrainingSequence],
+        kept: &mut KeptImages,
+    ) -> Result<LossSum, ModelError> {
+        ops::in_pool(|| self.loss_alone(batch, kept))
+    }
+
+    fn loss_alone(&self, batch: &[TrainingSequence], kept: &mut KeptImages) -> Result<LossSum, ModelError> {
         let packed = self.pack(batch)?;
         if packed.targets.is_empty() {
             return Ok(LossSum::default());
         }
         let ctx = self.context();
-        let images: Vec<&PixelValues> = packed.images.iter().map(AsRef::as_ref).collect();
-        let states = self.encode_images(&images)?;
-        let lengths =
-            states.iter().map(|state| Ok(ops::dims2(&state.hidden)?.0)).collect::<ops::Result<Vec<_>>>()?;
-        let hidden: Vec<_> = states.iter().map(|state| &state.hidden).collect();
-        let hidden = if hidden.is_empty() { None } else { Some(ops::concat_rows(&hidden)?) }; // [ΣL, E]
-        let seen = packed.seen(&lengths);
+        let images = ImageTape::forward(self, &packed.images, Tape::Recompute, kept)?;
+        let seen = packed.seen(&images.lengths);
+        let image_states = images.hidden.as_ref(); // [ΣL, E]
         let positions =
             Positions { table: Arc::clone(&self.rotary), of_tokens: Arc::clone(&packed.positions) };
         let mut x = self.embed_tokens.forward(&packed.token_ids)?; // [T, D]
         for (index, layer) in self.layers.iter().enumerate() {
             if index.is_multiple_of(self.config().cross_layer_interval) {
                 let block = &self.gated_cross_attn_layers[index / self.config().cross_layer_interval];
-                x = block.forward_whole(ctx, &x, hidden.as_ref(), &seen.rows, &seen.groups)?;
+                x = block.forward_whole(ctx, &x, image_states, &seen.rows, &seen.groups)?;
             }
             x = layer.forward_whole(ctx, &x, &positions, &packed.sequences)?;
         }
