@@ -22,6 +22,11 @@ impl<T> SharedMut<T> {
         Self(slice.as_mut_ptr())
     }
 
+    /// The room that a vector has, which need not hold anything yet.
+    pub(crate) fn room(vector: &mut Vec<T>) -> Self {
+        Self(vector.as_mut_ptr())
+    }
+
     /// The same memory as elements of another type.
     pub(crate) fn cast<U>(self) -> SharedMut<U> {
         SharedMut(self.0.cast())

@@ -178,13 +178,26 @@ pub fn products(
     weights: &[(Matrix<'_>, Option<&[f32]>)],
     k: usize,
 ) -> Vec<Vec<f32>> {
-    let one = |&(weight, bias): &(Matrix<'_>, _)| product(isa, compute, x, weight, k, bias);
     let flops: usize = weights.iter().map(|(weight, _)| 2 * x.len() * (weight.len() / k)).sum();
-    if is_worth_sharing(flops) {
-        weights.par_iter().with_max_len(1).map(one).collect()
-    } else {
-        weights.iter().map(one).collect()
+    if weights.len() < 2 || !is_worth_sharing(flops) {
+        return weights.iter().map(|&(weight, bias)| product(isa, compute, x, weight, k, bias)).collect();
     }
+    // Made by the caller: what one thread allocates and another frees stays with the first for long.
+    let sizes = weights.iter().map(|&(weight, bias)| {
+        let (m, n) = check(x, weight, k, bias);
+        m * n
+    });
+    let sizes: Vec<usize> = sizes.collect();
+    let mut outs: Vec<Vec<f32>> = sizes.iter().map(|size| Vec::with_capacity(*size)).collect();
+    let work: Vec<_> = weights.iter().zip(&mut outs).map(|(w, out)| (w, SharedMut::room(out))).collect();
+    work.par_iter().with_max_len(1).for_each(|&(&(weight, bias), out)| {
+        multiply(isa, compute, x, weight, k, bias, out);
+    });
+    for (out, size) in outs.iter_mut().zip(sizes) {
+        // SAFETY: there is room for as many, and the kernels wrote them all, as in `product`.
+        unsafe { out.set_len(size) };
+    }
+    outs
 }
 
 /// Activations rounded to bf16, to nearest even.
