@@ -1,6 +1,6 @@
 use half::{bf16, f16};
 
-use super::{Compute, Matrix, linear};
+use super::{Compute, Matrix, linear, products};
 use crate::{
     Isa, Tier,
     nf4::{self, Nf4, Scales},
@@ -175,6 +175,27 @@ fn threads_do_not_change_a_bit() {
         let one = on(1);
         assert_eq!(one, on(2));
         assert_eq!(one, on(7));
+    }
+}
+
+#[test]
+fn products_at_once_are_those_of_each_alone() {
+    let (k, large, small) = (128, noise(700 * 128, 1), noise(33 * 128, 2));
+    let bias = noise(33, 3);
+    for isa in Isa::available() {
+        // Too little to be shared out, one row, and many.
+        for rows in [1, 3, 70] {
+            let x = noise(rows * k, 4);
+            for few in [33, 700] {
+                let first = Matrix::F32(&large[..few * k]);
+                let weights = [(first, None), (Matrix::F32(&small), Some(&bias[..])), (first, None)];
+                for compute in [Compute::F32, Compute::Bf16] {
+                    let expected =
+                        weights.map(|(weight, bias)| run(isa, compute, &x, weight, k, bias)).to_vec();
+                    assert_eq!(products(isa, compute, &x, &weights, k), expected, "{} {rows}", isa.tier());
+                }
+            }
+        }
     }
 }
 
