@@ -31,20 +31,17 @@ pub struct Allocator;
 ///
 /// To be called before anything large is allocated, at the start of a program; returns whether it was in time.
 pub fn pack_large_blocks() -> bool {
-    decide(SYSTEM) == SYSTEM && keep_freed()
-}
-
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn keep_freed() -> bool {
-    // No mapping for a block of its own, none handed back from the heap's end, one heap for all threads.
-    let options = [(libc::M_MMAP_MAX, 0), (libc::M_TRIM_THRESHOLD, -1), (libc::M_ARENA_MAX, 1)];
-    // SAFETY: it sets numbers of the allocator under its own lock.
-    options.into_iter().all(|(option, value)| unsafe { libc::mallopt(option, value) } == 1)
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn keep_freed() -> bool {
-    false
+    let in_time = decide(SYSTEM) == SYSTEM;
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    if in_time {
+        // No mapping for a block of its own, none handed back from the heap's end, one heap for all threads. An
+        // allocator in glibc's place may know none of that, and does what it does.
+        for (option, value) in [(libc::M_MMAP_MAX, 0), (libc::M_TRIM_THRESHOLD, -1), (libc::M_ARENA_MAX, 1)] {
+            // SAFETY: it sets numbers of the allocator under its own lock.
+            unsafe { libc::mallopt(option, value) };
+        }
+    }
+    in_time
 }
 
 /// Decides for `owner` if nobody has decided; returns what holds.
