@@ -222,7 +222,7 @@ impl Unit<'_> {
                     keys[(start + (at + j).min(n - 1)) * width + column..][..dim].as_ptr()
                 });
                 // SAFETY: every pointer starts `dim` readable elements, by the slicing above.
-                let dots = unsafe { tile::<Widened<S, f32, E>, Q, 4>(queries, rows, dim, None) };
+                let dots = unsafe { tile::<Widened<S, f32, E>, Q, 4>(queries, rows, dim, false) };
                 for (scores, dots) in scores.iter_mut().zip(&dots) {
                     scores[at..at + 4].copy_from_slice(dots);
                 }

@@ -113,7 +113,7 @@ pub(crate) unsafe trait Packed {
     unsafe fn widened(row: Self::Row, at: usize) -> [__m512; 4];
     /// Elements `at..at + 64` as bf16, in the same order.
     unsafe fn pairs(row: Self::Row, at: usize) -> [__m512bh; 2];
-    /// Where element `at` lies; it may be past the row's end.
+    /// Where element `at` lies.
     fn address(row: Self::Row, at: usize) -> *const u8;
 }
 

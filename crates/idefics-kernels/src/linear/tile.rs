@@ -37,7 +37,7 @@ pub(crate) unsafe trait Dot {
     unsafe fn load_w(row: Self::Row, at: usize) -> Self::WV;
     /// Elements `at..at + n` of a weight row, zeros behind.
     unsafe fn load_w_head(row: Self::Row, at: usize, n: usize) -> Self::WV;
-    /// Where element `at` of a weight row lies; `at` may be past the row's end.
+    /// Where element `at` of a weight row lies.
     fn address(row: Self::Row, at: usize) -> *const u8;
     unsafe fn step(sums: Self::Sums, x: Self::XV, w: Self::WV) -> Self::Sums;
     /// What each of the registers holds in all.
@@ -290,10 +290,9 @@ unsafe fn strip<D: Dot, const MR: usize, const NR: usize>(
     for step in 0..apart {
         // Where the last stream is shorter the tile repeats a row; the doubled results are dropped below.
         let w: [D::Row; NR] = std::array::from_fn(|j| p.w.row((step + j * apart).min(rows - 1)));
-        // The first strip is the one that waits for memory; later ones find the panel in cache.
-        let ahead = if row == 0 { Some(p.k) } else { None };
-        // SAFETY: each pointer starts a row of `k` elements.
-        let tile = unsafe { tile::<D, MR, NR>(x, w, p.k, ahead) };
+        // SAFETY: each pointer starts a row of `k` elements. The first strip is the one that waits for memory; later
+        // ones find the panel in cache.
+        let tile = unsafe { tile::<D, MR, NR>(x, w, p.k, row == 0) };
         for (i, sums) in tile.iter().enumerate().take(count) {
             for (j, sum) in sums.iter().enumerate() {
                 let col = step + j * apart;
@@ -307,8 +306,12 @@ unsafe fn strip<D: Dot, const MR: usize, const NR: usize>(
     }
 }
 
-/// `MR × NR` dot products of length `k`. What lies `ahead` elements behind each weight row's position is asked
-/// for as it goes: rows are short streams, which the processor's own prefetching learns too late.
+/// How far ahead of a weight row's position memory is asked for: by measurement, at the published widths in every
+/// format. Less comes too late, and more takes the caches from what is being read.
+const AHEAD_BYTES: usize = 1536;
+
+/// `MR × NR` dot products of length `k`. Where weights come `from_memory`, what lies ahead of each row's position is
+/// asked for as it goes: rows are short streams, which the processor's own prefetching learns too late.
 ///
 /// # Safety
 /// The processor has the instruction set of `D`; each row can be read for `k` elements.
@@ -317,7 +320,7 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
     x: [*const D::X; MR],
     w: [D::Row; NR],
     k: usize,
-    ahead: Option<usize>,
+    from_memory: bool,
 ) -> [[f32; NR]; MR] {
     // SAFETY: all loads stay below `k`, by the loop conditions.
     unsafe {
@@ -331,9 +334,9 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
         }
         while at + D::STEP <= k {
             // Not a closure: one that is not inlined would compile without the instruction set.
-            if let Some(ahead) = ahead {
+            if from_memory {
                 for row in w {
-                    prefetch(D::address(row, at + ahead));
+                    prefetch(D::address(row, at).wrapping_add(AHEAD_BYTES));
                 }
             }
             if !D::IS_SLOW_TO_LOAD {
@@ -378,13 +381,14 @@ pub(crate) unsafe fn tile<D: Dot, const MR: usize, const NR: usize>(
     }
 }
 
-/// Asks for a line of memory without waiting for it; any address will do.
+/// Asks for a line of memory without waiting for it; any address will do. It goes to the second-level cache: the
+/// streams of a tile may share few sets of the first, and would drive each other out of it.
 #[inline(always)]
 pub(crate) fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing and never faults; every x86-64 processor has it.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
