@@ -1,6 +1,6 @@
 // A browser for the tests, and what a person does in it.
 
-import { mkdtempSync, readFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -19,9 +19,15 @@ const FLAGS = [
 export const DESKTOP = { width: 1200, height: 800 };
 export const PHONE = { width: 390, height: 780 };
 
+const RUN = mkdtempSync(join(tmpdir(), "idefics-browser-"));
+process.on("exit", () => rmSync(RUN, { recursive: true, force: true, maxRetries: 3 }));
+
+/** A new folder, which is gone when the tests end. */
+export const folder = (name) => mkdtempSync(join(RUN, `${name}-`));
+
 /** An empty profile; a page that asks anything of anywhere but `url` fails the test. */
 export async function openBrowser(url, { viewport = DESKTOP, colorScheme = "light", isPhone = false, profile } = {}) {
-  const context = await chromium.launchPersistentContext(profile ?? mkdtempSync(join(tmpdir(), "chat-profile-")), {
+  const context = await chromium.launchPersistentContext(profile ?? folder("profile"), {
     executablePath: process.env.CHROMIUM,
     headless: true,
     args: FLAGS,

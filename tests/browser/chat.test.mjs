@@ -1,11 +1,10 @@
 // What a person can do in the web chat.
 
 import assert from "node:assert/strict";
-import { mkdtempSync, readFileSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { test } from "node:test";
-import { composed, fixture, lastAnswer, openBrowser, PHONE, pick, pictures, say, screenshot, transfer } from "./browser.mjs";
+import { composed, fixture, folder, lastAnswer, openBrowser, PHONE, pick, pictures, say, screenshot, transfer } from "./browser.mjs";
 import { startStandIn } from "./stand-in.mjs";
 
 /** A test with a server and a fresh browser, at whose end nothing has gone wrong in the page. */
@@ -333,7 +332,7 @@ chatTest("conversations go into files and come back", async (page, server) => {
   await lastAnswer(page);
   const download = page.waitForEvent("download");
   await page.click("#export");
-  const path = join(mkdtempSync(join(tmpdir(), "chat-file-")), "look.jsonl");
+  const path = join(folder("file"), "look.jsonl");
   await (await download).saveAs(path);
   const lines = readFileSync(path, "utf8").trim().split("\n").map((line) => JSON.parse(line));
   assert.deepEqual(lines.map((line) => line.role), ["user", "assistant"]);
@@ -371,8 +370,8 @@ chatTest("typing goes on while pictures are read, and the message waits for them
 });
 
 chatTest("huge and turned pictures are drawn anew, and what is no picture is refused", async (page, server) => {
-  const folder = mkdtempSync(join(tmpdir(), "chat-pictures-"));
-  const huge = join(folder, "huge.png");
+  const made = folder("pictures");
+  const huge = join(made, "huge.png");
   const data = await page.evaluate(async () => {
     const canvas = new OffscreenCanvas(5000, 2500);
     canvas.getContext("2d").fillRect(0, 0, 2500, 2500);
@@ -380,7 +379,7 @@ chatTest("huge and turned pictures are drawn anew, and what is no picture is ref
     return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), ""));
   });
   writeFileSync(huge, Buffer.from(data, "base64"));
-  const text = join(folder, "words.png");
+  const text = join(made, "words.png");
   writeFileSync(text, "no picture");
   await pick(page, text);
   await page.waitForSelector("#notice >> text=words.png");
