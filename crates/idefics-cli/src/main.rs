@@ -15,7 +15,7 @@ mod task;
 mod templates;
 
 use clap::{Parser, Subcommand};
-use idefics_kernels::allocator::Allocator;
+use idefics_kernels::allocator::{Allocator, keep_freed_blocks};
 
 /// Run, score and inspect IDEFICS-1 models: interleaved images and text in, text out.
 #[derive(Parser)]
@@ -43,11 +43,12 @@ enum Command {
     Download(commands::download::Args),
 }
 
-// Freed memory stays for the next layer; see the dependency in the workspace.
+/// Freed memory stays for the next layer.
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> std::process::ExitCode {
+    keep_freed_blocks();
     let result = match Cli::parse().command {
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),

@@ -15,7 +15,7 @@ use std::time::Instant;
 use half::bf16;
 use idefics_kernels::{
     Compute, Isa, Matrix,
-    allocator::Allocator,
+    allocator::{Allocator, keep_freed_blocks},
     linear::product,
     nf4::{self, Nf4, Scales},
     probe,
@@ -126,6 +126,7 @@ fn median(values: &[f64]) -> f64 {
 }
 
 fn main() -> Result<(), String> {
+    keep_freed_blocks();
     let options = options()?;
     let isa = Isa::best();
     println!("{:26} {:>6} {:>9} {:>9} {:>6} {:>8}", "weight", "rows", "ms", "GFLOP/s", "share", "GB/s");

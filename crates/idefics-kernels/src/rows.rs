@@ -1,6 +1,6 @@
 //! Rows copied, put in another order, and added back.
 
-use std::{mem::MaybeUninit, ops::Range};
+use std::ops::Range;
 
 use half::bf16;
 
@@ -29,20 +29,15 @@ pub fn copied(values: &[f32]) -> Vec<f32> {
 
 /// The same numbers as `f32`.
 pub fn widened(values: &[bf16]) -> Vec<f32> {
-    // SAFETY: the chunks cover all elements, and each is written by one thread.
-    unsafe {
-        filled(values.len(), |out: SharedMut<f32>| {
-            for_each(values.len().div_ceil(CHUNK), values.len(), |chunk| {
-                let first = chunk * CHUNK;
-                let chunk = &values[first..values.len().min(first + CHUNK)];
-                let out =
-                    std::slice::from_raw_parts_mut(out.at(first).cast::<MaybeUninit<f32>>(), chunk.len());
-                for (out, value) in out.iter_mut().zip(chunk) {
-                    out.write(f32::from_bits(u32::from(value.to_bits()) << 16));
-                }
-            });
-        })
-    }
+    let mut out = Vec::with_capacity(values.len());
+    for_each_run(&mut out.spare_capacity_mut()[..values.len()], CHUNK, |first, run| {
+        for (out, value) in run.iter_mut().zip(&values[first..]) {
+            out.write(f32::from_bits(u32::from(value.to_bits()) << 16));
+        }
+    });
+    // SAFETY: the runs cover all elements, and each was written.
+    unsafe { out.set_len(values.len()) };
+    out
 }
 
 /// `n` zeros.

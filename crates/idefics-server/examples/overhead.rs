@@ -51,9 +51,6 @@ const WAYS: [Way; 4] = [
     Way { name: "server, streamed", at_server: true, streamed: true },
 ];
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> anyhow::Result<()> {
     let options = options()?;
     let served = serve(&options.which)?;

@@ -183,19 +183,18 @@ pub fn products(
         return weights.iter().map(|&(weight, bias)| product(isa, compute, x, weight, k, bias)).collect();
     }
     // Made by the caller: what one thread allocates and another frees stays with the first for long.
-    let sizes = weights.iter().map(|&(weight, bias)| {
+    let size = |&(weight, bias): &(Matrix<'_>, _)| {
         let (m, n) = check(x, weight, k, bias);
         m * n
-    });
-    let sizes: Vec<usize> = sizes.collect();
-    let mut outs: Vec<Vec<f32>> = sizes.iter().map(|size| Vec::with_capacity(*size)).collect();
+    };
+    let mut outs: Vec<Vec<f32>> = weights.iter().map(|weight| Vec::with_capacity(size(weight))).collect();
     let work: Vec<_> = weights.iter().zip(&mut outs).map(|(w, out)| (w, SharedMut::room(out))).collect();
     work.par_iter().with_max_len(1).for_each(|&(&(weight, bias), out)| {
         multiply(isa, compute, x, weight, k, bias, out);
     });
-    for (out, size) in outs.iter_mut().zip(sizes) {
+    for (out, weight) in outs.iter_mut().zip(weights) {
         // SAFETY: there is room for as many, and the kernels wrote them all, as in `product`.
-        unsafe { out.set_len(size) };
+        unsafe { out.set_len(size(weight)) };
     }
     outs
 }

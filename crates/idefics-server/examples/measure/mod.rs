@@ -18,10 +18,15 @@ use idefics::{
     model::Model,
     ops::{Compute, Context as Ops, Isa},
 };
+use idefics_kernels::allocator::{Allocator, keep_freed_blocks};
 use idefics_server::{Backend, Loaded, ModelCard, Server, ServerOptions};
 use serde_json::{Value, json};
 
 use crate::http::Client;
+
+/// The allocator of the program `idefics`.
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
 
 /// Which model to measure.
 pub(crate) enum Which {
@@ -51,8 +56,10 @@ impl Which {
     }
 }
 
-/// Loads the model and serves it on a port of its own, for as long as the process lives.
+/// Loads the model and serves it on a port of its own, for as long as the process lives. To be called first, while
+/// there is one thread.
 pub(crate) fn serve(which: &Which) -> anyhow::Result<Served> {
+    keep_freed_blocks();
     let (backend, processor) = match which {
         Which::Directory(directory) => {
             let model = Idefics::from_pretrained(directory, &LoadOptions::default())?;
