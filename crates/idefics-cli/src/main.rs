@@ -15,7 +15,10 @@ mod task;
 mod templates;
 
 use clap::{Parser, Subcommand};
-use idefics_kernels::allocator::{Allocator, keep_freed_blocks};
+use idefics_kernels::{
+    Isa,
+    allocator::{Allocator, keep_freed_blocks},
+};
 
 /// Run, score and inspect IDEFICS-1 models: interleaved images and text in, text out.
 #[derive(Parser)]
@@ -49,7 +52,12 @@ static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> std::process::ExitCode {
     keep_freed_blocks();
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if let Err(message) = Isa::asked() {
+        eprintln!("error: IDEFICS_ISA: {message}");
+        return std::process::ExitCode::FAILURE;
+    }
+    let result = match command {
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
         Command::Caption(args) => commands::caption::run(&args),

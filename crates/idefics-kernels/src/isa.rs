@@ -59,15 +59,28 @@ impl Isa {
         has(tier).then_some(Self(tier))
     }
 
-    /// The strongest tier of this processor. The environment variable `IDEFICS_ISA` names a weaker one, for
-    /// comparisons; a name that is unknown or not available here is ignored in favour of the strongest.
+    /// The strongest tier of this processor, or the weaker one that is [`asked`](Self::asked) for. What cannot be had
+    /// is no reason to fail here: a program says so at its start.
     pub fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
-            let asked =
-                std::env::var("IDEFICS_ISA").ok().and_then(|name| name.parse().ok()).and_then(Self::of);
+            let asked = Self::asked().ok().flatten();
             asked.or_else(|| Self::available().last()).unwrap_or(Self::PORTABLE)
         })
+    }
+
+    /// The tier that the environment variable `IDEFICS_ISA` names, for comparisons; none where it names none.
+    ///
+    /// # Errors
+    /// A name that is unknown, or of a tier that this processor does not have.
+    pub fn asked() -> Result<Option<Self>, String> {
+        std::env::var_os("IDEFICS_ISA").map(|name| Self::named(&name.to_string_lossy())).transpose()
+    }
+
+    fn named(name: &str) -> Result<Self, String> {
+        let known = || Self::available().map(|isa| isa.tier().name()).collect::<Vec<_>>().join(", ");
+        Self::of(name.parse()?)
+            .ok_or_else(|| format!("this processor has no kernel tier `{name}`, but {}", known()))
     }
 
     /// All tiers of this processor, weakest first.
@@ -147,8 +160,14 @@ mod tests {
         for tier in Tier::ALL {
             assert_eq!(tier.name().parse::<Tier>(), Ok(tier));
         }
-        let message = "sse9".parse::<Tier>().unwrap_err();
-        assert!(message.contains("sse9") && message.contains("avx512-bf16"), "{message}");
+        let message = Isa::named("Portable").unwrap_err();
+        assert!(message.contains("Portable") && message.contains("avx512-bf16"), "{message}");
+        for tier in Tier::ALL {
+            match Isa::named(tier.name()) {
+                Ok(isa) => assert_eq!((isa.tier(), Isa::of(tier)), (tier, Some(isa))),
+                Err(message) => assert!(message.contains("but portable"), "{message}"),
+            }
+        }
     }
 
     #[test]

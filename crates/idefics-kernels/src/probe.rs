@@ -31,8 +31,11 @@ pub fn bf16_peak(isa: Isa) -> f64 {
         // SAFETY: the tier is proven by the `Isa`.
         Tier::Avx512Bf16 => unsafe { x86::bf16_pairs(ROUNDS) },
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above; this tier includes AVX2 and FMA.
-        Tier::Avx512 | Tier::Avx2 => unsafe { x86::f32_avx2(ROUNDS) },
+        // SAFETY: as above.
+        Tier::Avx512 => unsafe { x86::f32_avx512(ROUNDS) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above; this tier includes FMA.
+        Tier::Avx2 => unsafe { x86::f32_avx2(ROUNDS) },
         _ => portable(ROUNDS),
     })
 }
@@ -98,8 +101,8 @@ mod x86 {
     use std::{
         arch::x86_64::{
             __m512bh, __m512i, _mm256_fmadd_ps, _mm256_set1_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32,
-            _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_setzero_ps, _mm512_setzero_si512,
-            _mm512_xor_si512,
+            _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_ps,
+            _mm512_setzero_ps, _mm512_setzero_si512, _mm512_xor_si512,
         },
         hint::black_box,
     };
@@ -152,6 +155,19 @@ mod x86 {
         }
         black_box(sums);
         (128 * ACCUMULATORS * rounds) as f64
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn f32_avx512(rounds: usize) -> f64 {
+        let factor = _mm512_set1_ps(black_box(0.999));
+        let mut sums = [factor; ACCUMULATORS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, factor, factor);
+            }
+        }
+        black_box(sums);
+        (32 * ACCUMULATORS * rounds) as f64
     }
 
     #[target_feature(enable = "avx2,fma")]

@@ -7,7 +7,7 @@ use crate::{
     checkpoint::{Checkpoint, CheckpointError, DType, GenerationConfigFile, Weights},
     config::IdeficsConfig,
     files::ModelFiles,
-    generate::{Row, StepModel},
+    generate::{Row, StepModel, available_bytes},
     model::{ImageStates, Model, ModelError, OtherSizes, SequenceCache},
     ops::{Compute, Context, Isa},
     processor::{PixelValues, Processor},
@@ -100,8 +100,8 @@ impl Idefics {
         let adapters = Adapters::open(&options.adapters, &checkpoint.config)?;
         let weights = Adapted { weights: &checkpoint.weights, adapters: &adapters };
         let mut model = Model::new(checkpoint.config, &weights, ctx)?.with_other_sizes(options.other_sizes);
-        if let Some(resident_bytes) = resident_bytes(model.step_weight_bytes(true) as u64, available_memory())
-        {
+        let available = available_bytes().map(|bytes| bytes as u64);
+        if let Some(resident_bytes) = resident_bytes(model.step_weight_bytes(true) as u64, available) {
             model = model.with_read_ahead(resident_bytes);
         }
         Ok(Self { model, generation_config: checkpoint.generation_config })
@@ -184,14 +184,6 @@ impl StepModel for Idefics {
 /// is for what is read ahead, caches and activations.
 fn resident_bytes(weights: u64, available: Option<u64>) -> Option<u64> {
     available.filter(|available| weights > available / 10 * 9).map(|available| available / 4 * 3)
-}
-
-/// Bytes that can be had without swapping, where the system tells.
-fn available_memory() -> Option<u64> {
-    let report = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = report.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kibibytes * 1024)
 }
 
 /// bf16 if that is what most of the numbers are stored as that are not packed.

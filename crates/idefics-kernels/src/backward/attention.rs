@@ -35,7 +35,8 @@ pub struct Job {
 /// stand together.
 ///
 /// # Panics
-/// If a job names rows that are not there, or a query sees no key.
+/// If a job names rows that are not there, a query sees no key, a query stands in two jobs, or jobs share some of their
+/// keys and not all, or share them and do not stand together.
 pub fn attention(
     isa: Isa,
     heads: Heads,
@@ -50,6 +51,8 @@ pub fn attention(
         assert!((job.keys.0 + job.keys.1) * width <= k.len() && job.keys.1 > 0, "keys {:?}", job.keys);
     }
     let groups: Vec<&[Job]> = jobs.chunk_by(|a, b| a.keys == b.keys).collect();
+    assert!(are_apart(jobs.iter().map(|job| job.queries)), "a query in two jobs");
+    assert!(are_apart(groups.iter().map(|jobs| jobs[0].keys)), "keys that groups of jobs have in common");
     let (mut dq, mut dk, mut dv) = (zeros(q.len()), zeros(k.len()), zeros(v.len()));
     let out = (SharedMut::new(&mut dq), SharedMut::new(&mut dk), SharedMut::new(&mut dv));
     (0..groups.len() * heads.n_heads).into_par_iter().for_each(|unit| {
@@ -64,8 +67,8 @@ pub fn attention(
         };
         let scatter = |values: &[f32], first: usize, to: SharedMut<f32>| {
             for (row, values) in values.chunks_exact(heads.head_dim).enumerate() {
-                // SAFETY: the rows are inside by the assertions above. Groups have no key rows in common and
-                // a query belongs to one job, so this head's columns of these rows are this unit's alone.
+                // SAFETY: the rows are inside by the assertions above. By them groups have no key rows in common, too,
+                // and a query belongs to one job, so this head's columns of these rows are this unit's alone.
                 unsafe {
                     let to = to.at((first + row) * width + column);
                     to.copy_from_nonoverlapping(values.as_ptr(), values.len());
@@ -77,7 +80,7 @@ pub fn attention(
         for job in jobs {
             // Blocks of nearly one size, so that the last one is worth its while.
             let count = job.queries.1;
-            let each = count.div_ceil(count.div_ceil(QUERIES).max(1)).next_multiple_of(ROWS);
+            let each = count.div_ceil(count.div_ceil(QUERIES).max(1)).next_multiple_of(ROWS).max(ROWS);
             for first in (0..count).step_by(each) {
                 let rows = (job.queries.0 + first, each.min(count - first));
                 let (q, dy) = (gather(q, rows), gather(dy, rows));
@@ -91,6 +94,13 @@ pub fn attention(
         scatter(&sums.values, jobs[0].keys.0, out.2);
     });
     (dq, dk, dv)
+}
+
+/// Whether no row is in two of the runs, each a first row and a number of rows.
+fn are_apart(runs: impl Iterator<Item = (usize, usize)>) -> bool {
+    let mut runs: Vec<_> = runs.filter(|(_, count)| *count > 0).collect();
+    runs.sort_unstable();
+    runs.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0)
 }
 
 /// Keys and values of one head.
@@ -331,7 +341,24 @@ mod tests {
         check(heads, &[all((0, 3), (0, 7)), all((3, 4), (7, 33))], 7, 40);
         // Two runs of tokens that see the same picture, one that sees another.
         check(heads, &[all((0, 2), (0, 4)), all((4, 3), (0, 4)), all((2, 2), (4, 4))], 7, 8);
+        // None that sees it.
+        check(heads, &[all((0, 0), (0, 4)), all((0, 3), (4, 4))], 3, 8);
         let causal = |queries, keys, past| Job { queries, keys, visible: Visible::Causal { past } };
         check(heads, &[causal((0, 70), (0, 70), 0), causal((70, 2), (70, 5), 3)], 72, 75);
+    }
+
+    #[test]
+    fn jobs_that_would_write_the_same_rows_are_refused() {
+        let heads = Heads { n_heads: 1, head_dim: 2, scale: 1.0 };
+        let rows = [0.0f32; 16];
+        let all = |queries, keys| Job { queries, keys, visible: Visible::All };
+        for jobs in [
+            [all((0, 2), (0, 4)), all((1, 2), (0, 4)), all((4, 1), (4, 1))],
+            [all((0, 2), (0, 4)), all((2, 2), (2, 4)), all((4, 1), (6, 1))],
+            [all((0, 2), (0, 4)), all((2, 2), (4, 1)), all((4, 1), (0, 4))],
+        ] {
+            let run = || attention(Isa::PORTABLE, heads, &jobs, (&rows, &rows, &rows), &rows);
+            assert!(std::panic::catch_unwind(run).is_err(), "{jobs:?}");
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Buffers that a thread keeps between products, so that they allocate nothing after warm-up.
+//! Buffers that a thread keeps between products, so that they seldom allocate.
 
 use std::{cell::RefCell, thread::LocalKey};
 
@@ -31,12 +31,16 @@ pub(crate) fn with<T: Clone + Default, R>(
     n: usize,
     work: impl FnOnce(&mut [T]) -> R,
 ) -> R {
-    // Taken out meanwhile: a thread that waits for others may start another product.
+    // Taken out meanwhile: a thread that waits for others may start another product, with a buffer of its own.
     let mut held = buffer.take();
     if held.len() < n {
         held.resize(n, T::default());
     }
     let result = work(&mut held[..n]);
-    buffer.replace(held);
+    buffer.with_borrow_mut(|other| {
+        if other.len() < held.len() {
+            *other = held;
+        }
+    });
     result
 }

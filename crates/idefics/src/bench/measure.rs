@@ -10,6 +10,7 @@ use crate::{
     config::IdeficsConfig,
     generate::{LogitsOf, Row},
     model::{ImageStates, Model, ModelError, SequenceCache, Stage},
+    ops,
     processor::PixelValues,
 };
 
@@ -220,7 +221,7 @@ pub fn run(model: &Model, plan: &Plan, progress: &mut dyn FnMut(&str)) -> Result
     }
 
     let (read, bf16) = (read.median(), bf16.median());
-    let parameters = model.step_parameters(true) as f64;
+    let parameters = model.prompt_parameters() as f64;
     let decode = decode.iter().enumerate().map(|(index, samples)| {
         let (batch, images) =
             (plan.batches[index / plan.images.len()], plan.images[index % plan.images.len()]);
@@ -294,20 +295,24 @@ fn prefilled(model: &Model, images: &[Arc<ImageStates>], tokens: usize) -> Resul
         image_index: &image_index,
         logits: LogitsOf::Nothing,
     };
-    model.forward(&mut [row])?;
+    // As `step` does, of which this is the part without logits.
+    ops::in_pool(|| model.forward(&mut [row]).map(drop))?;
     Ok(cache)
 }
 
 /// Seconds of the tower and of the resampler for one picture.
 fn time_image(model: &Model, picture: &PixelValues) -> Result<(f64, Option<f64>), ModelError> {
-    let start = Instant::now();
-    let (mut tower, mut resampler) = (0.0, None);
-    model.encode_images_observed(&[picture], &mut |stage, _| match stage {
-        Stage::VisionLayer(_) => tower = start.elapsed().as_secs_f64(),
-        Stage::PerceiverBlock(_) => resampler = Some(start.elapsed().as_secs_f64() - tower),
-        _ => {}
-    })?;
-    Ok((tower, resampler))
+    // Where `encode_images` does it.
+    ops::in_pool(|| {
+        let start = Instant::now();
+        let (mut tower, mut resampler) = (0.0, None);
+        model.encode_images_observed(&[picture], &mut |stage, _| match stage {
+            Stage::VisionLayer(_) => tower = start.elapsed().as_secs_f64(),
+            Stage::PerceiverBlock(_) => resampler = Some(start.elapsed().as_secs_f64() - tower),
+            _ => {}
+        })?;
+        Ok((tower, resampler))
+    })
 }
 
 /// Seconds from a picture and a prompt to the last of `new` tokens.

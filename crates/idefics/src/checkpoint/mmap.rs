@@ -20,7 +20,7 @@ impl MappedFile {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let file = File::open(path)?;
-        // SAFETY: the map is read-only and private to this process, and every bit pattern is a valid `u8`, `f32`,
+        // SAFETY: the map is read-only, and every bit pattern is a valid `u8`, `f32`,
         // `f16` or `bf16`. What remains is that no other process may change or shorten the file while the map
         // lives: numbers would change under a shared reference, or a read end in SIGBUS. Nothing on this side can
         // enforce that; `Checkpoint::open` documents it, and the hub cache never rewrites a file in place.

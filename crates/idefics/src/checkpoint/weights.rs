@@ -17,8 +17,6 @@ use super::{
 };
 
 /// Named weights, in the order of their names. Those of linear layers may be packed.
-///
-/// A model takes each weight out once; what is left at the end was not used.
 #[derive(Debug, Clone, Default)]
 pub struct Weights {
     dense: BTreeMap<String, Weight>,

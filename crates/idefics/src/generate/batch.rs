@@ -115,10 +115,18 @@ impl<'a, M: StepModel> Batch<'a, M> {
         self.count();
     }
 
-    /// Gives up; returns the requests that were alive.
-    pub(crate) fn into_ids(self) -> impl Iterator<Item = u64> {
-        let (waiting, running) = (self.waiting, self.running);
-        waiting.into_iter().chain(running).map(|member| member.id)
+    /// Gives up, as if nothing had been there; returns the requests that were alive.
+    pub(crate) fn give_up(self) -> impl Iterator<Item = u64> {
+        let Self { waiting, running, counters, .. } = self;
+        counters.alive(0, 0, 0);
+        counters.bytes(0, 0, 0, 0);
+        let members = waiting.into_iter().chain(running);
+        members.map(move |member| {
+            if !member.group.is_started() {
+                counters.left_queue();
+            }
+            member.id
+        })
     }
 
     fn drop_cancelled(&mut self, out: &mut Vec<Outcome>) {

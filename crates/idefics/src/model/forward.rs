@@ -138,7 +138,8 @@ impl Model {
             observe(Stage::ImageHiddenStates, &hidden);
             let mut first = 0;
             for length in lengths {
-                let hidden = ops::rows(&hidden, first, length)?; // [L, E]
+                // A copy: a part of the whole would keep the other pictures. [L, E]
+                let hidden = ops::concat_rows(&[&ops::rows(&hidden, first, length)?])?;
                 first += length;
                 let cross_attention = self
                     .gated_cross_attn_layers
@@ -232,18 +233,22 @@ impl Model {
         self.step_linears(looks).map(Linear::num_bytes).sum()
     }
 
-    /// Weights that a token is multiplied with when its logits are asked for; `looks` as in
-    /// [`step_weight_bytes`](Self::step_weight_bytes).
-    pub fn step_parameters(&self, looks: bool) -> usize {
-        self.step_linears(looks).map(Linear::parameters).sum()
+    /// Weights that a token of a prompt is multiplied with which looks at an image: all but the head's, which only the
+    /// last one meets.
+    pub fn prompt_parameters(&self) -> usize {
+        self.block_linears(true).map(Linear::parameters).sum()
     }
 
     fn step_linears(&self, looks: bool) -> impl Iterator<Item = &Linear> {
+        self.block_linears(looks).chain(self.lm_head.linears())
+    }
+
+    fn block_linears(&self, looks: bool) -> impl Iterator<Item = &Linear> {
         let gated = self.gated_cross_attn_layers.iter().flat_map(move |block| {
             let attention = looks.then(|| block.attention_linears()).into_iter().flatten();
             attention.chain(block.mlp_linears())
         });
-        self.layers.iter().flat_map(|layer| layer.linears()).chain(gated).chain(self.lm_head.linears())
+        self.layers.iter().flat_map(|layer| layer.linears()).chain(gated)
     }
 
     /// Checks all rows before any cache is touched; returns which token sees which image.

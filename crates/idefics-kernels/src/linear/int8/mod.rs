@@ -11,14 +11,19 @@ mod vnni;
 #[cfg(test)]
 mod tests;
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::LazyLock};
 
 use rayon::prelude::*;
 
 use super::{Matrix, job::Job, scratch};
 #[cfg(target_arch = "x86_64")]
 use crate::Tier;
-use crate::{Isa, isa::multiversion, nf4::Nf4, q8::Q8};
+use crate::{
+    Isa,
+    isa::multiversion,
+    nf4::{CODE_VALUES, Nf4},
+    q8::Q8,
+};
 
 /// Elements of a row that share a scale, in weights and activations alike.
 const BLOCK: usize = 64;
@@ -62,8 +67,14 @@ struct Block {
 }
 
 impl Levels {
-    /// In the unit that meets `map` best: its inverse is tried from 64 to 127.
+    /// [`best`](Self::best) of `map`, of which there is but one in practice.
     fn of(map: &[f32; 16]) -> Self {
+        static USUAL: LazyLock<Levels> = LazyLock::new(|| Levels::best(&CODE_VALUES));
+        if *map == CODE_VALUES { *USUAL } else { Self::best(map) }
+    }
+
+    /// In the unit that meets `map` best: its inverse is tried from 64 to 127.
+    fn best(map: &[f32; 16]) -> Self {
         let error = |steps: f32| -> f32 {
             map.iter().map(|value| (value - (value * steps).round_ties_even() / steps).powi(2)).sum()
         };

@@ -19,10 +19,10 @@ mod worker;
 use std::{
     ops::ControlFlow,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    thread::JoinHandle,
+    thread::{JoinHandle, ThreadId},
     time::Duration,
 };
 
@@ -148,6 +148,8 @@ struct Shared {
     wake: Condvar,
     /// The thread has ended.
     stopped: Condvar,
+    /// The thread that listeners are told on: the engine's own, or one of its pool.
+    teller: OnceLock<ThreadId>,
     counters: Arc<Counters>,
 }
 
@@ -205,6 +207,7 @@ impl<M: StepModel + Send + Sync + 'static> Engine<M> {
             inbox: Mutex::new(Inbox { new: Vec::new(), state: State::Open }),
             wake: Condvar::new(),
             stopped: Condvar::new(),
+            teller: OnceLock::new(),
             counters: Arc::default(),
         });
         let worker = {
@@ -308,7 +311,8 @@ impl<M> Engine<M> {
     }
 
     /// Takes no more requests and waits until it has ended those it has. May be called again, from any thread, to
-    /// end at once what a first call would finish.
+    /// end at once what a first call would finish. A listener that calls it does not wait: it is what would be waited
+    /// for.
     pub fn shutdown(&self, drain: Drain) {
         let wanted = match drain {
             Drain::Finish => State::Finishing,
@@ -318,13 +322,16 @@ impl<M> Engine<M> {
             let mut inbox = self.shared.inbox();
             inbox.state = inbox.state.max(wanted);
             self.shared.wake.notify_one();
+            // A listener may hold the last handle to the engine, too, and drop it.
+            if self.shared.teller.get() == Some(&std::thread::current().id()) {
+                return;
+            }
             while inbox.state < State::Stopped {
                 inbox = self.shared.stopped.wait(inbox).unwrap_or_else(PoisonError::into_inner);
             }
         }
         let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // A listener may be the one who shuts the engine down by dropping the last handle to it.
-        if let Some(worker) = worker.filter(|worker| worker.thread().id() != std::thread::current().id()) {
+        if let Some(worker) = worker {
             // A panic of the thread was told to the listeners.
             drop(worker.join());
         }

@@ -238,7 +238,7 @@ fn one_request_s_failure_is_its_own() {
         let error = end(&pair[1].1).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
     }
-    // A rule that panics takes the batch with it, but not the engine.
+    // A rule that panics takes the batch with it, but not the engine, nor anybody's place in the queue.
     let (sender, events) = mpsc::channel();
     let mut submission = Submission::new(good.clone(), answer_of(5), move |event| {
         let _ = sender.send(event);
@@ -247,6 +247,8 @@ fn one_request_s_failure_is_its_own() {
     submission.custom = Some(Arc::new(|_, _| panic!("no rule")));
     let _ticket = engine.submit(submission).unwrap();
     assert!(matches!(end(&events).unwrap_err(), GenerateError::Panicked { message } if message == "no rule"));
+    let stats = engine.stats();
+    assert_eq!((stats.waiting, stats.running, stats.cache_bytes), (0, 0, 0));
     // A listener that panics is alone, too.
     let _ticket = engine.submit(Submission::new(good.clone(), answer_of(5), |_| panic!("no ear"))).unwrap();
     let (_ticket, events) = submit(&engine, good, answer_of(5));
@@ -296,4 +298,48 @@ fn it_works_in_a_pool_of_the_caller_s_and_ends_with_its_last_handle() {
     drop(engine);
     assert_eq!(end(&events).unwrap().sequences[0].finish_reason, FinishReason::Cancelled);
     drop(ticket);
+}
+
+#[test]
+fn a_rule_s_panic_leaves_the_queue_empty() {
+    let one_place = Scheduler { max_sequences: 1, ..Scheduler::interactive() };
+    let engine = engine(EngineOptions { scheduler: one_place, max_waiting: 3, ..Default::default() });
+    for _ in 0..3 {
+        let go = hold(&engine);
+        let mut submission =
+            Submission::new(prompt(&[1, 2], None), answer_of(5), |_| ControlFlow::Continue(()));
+        submission.custom = Some(Arc::new(|_, _| panic!("no rule")));
+        let _ticket = engine.submit(submission).unwrap();
+        let behind: Vec<_> = (0..2).map(|_| submit(&engine, prompt(&[1, 2], None), answer_of(5))).collect();
+        drop(go);
+        for (_ticket, events) in behind {
+            assert!(matches!(end(&events).unwrap_err(), GenerateError::Panicked { .. }));
+        }
+        assert_eq!(engine.stats().waiting, 0);
+    }
+}
+
+#[test]
+fn a_listener_may_shut_the_engine_down_and_hold_its_last_handle() {
+    let pool = || Some(Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap()));
+    for pool in [None, pool()] {
+        let engine = Arc::new(engine(EngineOptions { pool, ..Default::default() }));
+        let (say_gone, gone) = mpsc::channel::<()>();
+        let own = Arc::clone(&engine);
+        let listener = move |event| {
+            if matches!(event, EngineEvent::Started) {
+                own.shutdown(Drain::Finish);
+            }
+            let _alive = &say_gone;
+            ControlFlow::Continue(())
+        };
+        engine.submit(Submission::new(prompt(&[1, 2], None), answer_of(3), listener)).unwrap().detach();
+        let shared = Arc::downgrade(&engine.shared);
+        drop(engine);
+        // The sender goes with the listener, and what the thread holds when it ends.
+        assert!(gone.recv().is_err(), "the listener went");
+        while shared.strong_count() > 0 {
+            std::thread::yield_now();
+        }
+    }
 }

@@ -26,6 +26,7 @@ pub(super) fn run<M: StepModel>(
     memory: Memory,
     shared: &Shared,
 ) {
+    shared.teller.get_or_init(|| std::thread::current().id());
     let _last = SayStopped(shared);
     let new_batch = || Batch::new(model, Some(decoder), scheduler, memory, Arc::clone(&shared.counters));
     let mut batch = new_batch();
@@ -50,7 +51,7 @@ pub(super) fn run<M: StepModel>(
         }
         if let Err(panic) = turn {
             let message = panic_message(&*panic);
-            for id in std::mem::replace(&mut batch, new_batch()).into_ids() {
+            for id in std::mem::replace(&mut batch, new_batch()).give_up() {
                 shared.counters.failed();
                 let error = GenerateError::Panicked { message: message.clone() };
                 tell(&mut listeners, id, EngineEvent::Failed(error));
@@ -105,7 +106,10 @@ impl Drop for SayStopped<'_> {
     fn drop(&mut self) {
         let mut inbox = self.0.inbox();
         inbox.state = State::Stopped;
-        inbox.new.clear();
+        let left = std::mem::take(&mut inbox.new);
+        drop(inbox);
         self.0.stopped.notify_all();
+        // Unlocked, as one of their listeners may hold the engine.
+        drop(left);
     }
 }
