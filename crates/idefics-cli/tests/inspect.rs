@@ -207,3 +207,14 @@ fn lines_are_tokenized_one_by_one() {
     fs::write(&path, b"fine\nno \xff text\n").unwrap();
     check_fails(&idefics(&arguments), "lines.txt, line 2: invalid utf-8");
 }
+
+#[test]
+fn kernels_that_cannot_be_had_are_no_silent_choice() {
+    let directory = model(Golden::default());
+    for (name, expected) in [("Portable", "unknown kernel tier `Portable`"), ("", "unknown kernel tier ``")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_idefics"));
+        let output = command.env("IDEFICS_ISA", name).arg("inspect").arg(directory.path()).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && message.contains(expected), "{message}");
+    }
+}

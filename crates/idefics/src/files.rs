@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ring::digest::{Context, SHA256};
+
 /// The files of a model, by the names that a checkpoint directory gives them.
 ///
 /// Made of whatever names a path, so that a directory can be given as it is.
@@ -33,6 +35,24 @@ impl MemoryFiles {
     pub fn get(&self, name: &str) -> Option<&'static [u8]> {
         self.files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| *bytes)
     }
+}
+
+/// The SHA-256 of a file, in hexadecimal digits.
+pub(crate) fn sha256(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut context = Context::new(&SHA256);
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hex(context.finish().as_ref())),
+            length => context.update(&buffer[..length]),
+        }
+    }
+}
+
+/// Bytes in hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 /// Why a file could not be read as a whole.

@@ -19,7 +19,7 @@ use crate::{
         broadcast::{
             LANES, Line,
             lane::{Lane, RoundedPair, RoundedSingle, Single, round},
-            tile::TILE_ROWS,
+            tile::Cut,
             transpose::transpose_registers,
         },
         scratch,
@@ -173,25 +173,6 @@ pub(super) struct Extents {
 pub(super) trait Rows: Sync {
     /// Lends one or two neighbouring rows, `C` elements each; without a second one it is empty.
     fn with_rows(&self, first: usize, count: usize, work: impl FnOnce([&[f32]; 2]));
-}
-
-/// How tiles of rows are cut: of nearly one height, at most 14.
-#[derive(Clone, Copy)]
-struct Cut {
-    tiles: usize,
-    height: usize,
-    higher: usize,
-}
-
-impl Cut {
-    fn new(rows: usize) -> Self {
-        let tiles = rows.div_ceil(TILE_ROWS);
-        Self { tiles, height: rows / tiles, higher: rows % tiles }
-    }
-
-    fn rows(self, tile: usize) -> (usize, usize) {
-        (tile * self.height + tile.min(self.higher), self.height + usize::from(tile < self.higher))
-    }
 }
 
 /// A run of steps of the sum.

@@ -13,7 +13,7 @@ use super::{Adapter, AdapterError, AdapterSource, Adapters};
 use crate::{
     checkpoint::{
         Checkpoint, CheckpointWriter, DType, LinearWeight, TensorSpec, Weight, WriteError, check_not_same,
-        expected_tensors, torch_name,
+        file_tensors, torch_name,
     },
     files::ModelFiles,
 };
@@ -108,23 +108,15 @@ impl Merger {
         })
     }
 
-    /// The type of most dense numbers: what packed weights are unpacked to.
+    /// What packed weights are unpacked to.
     fn main_dtype(&self) -> DType {
-        let bytes = |dtype: DType| -> usize {
-            let weights = self.checkpoint.weights.iter().filter(|(_, weight)| weight.dtype() == dtype);
-            weights.map(|(_, weight)| weight.bytes().len()).sum()
-        };
-        let most = [DType::F32, DType::F16, DType::Bf16].into_iter().max_by_key(|dtype| bytes(*dtype));
-        self.dtype.or(most).unwrap_or(DType::F32)
+        self.dtype.unwrap_or_else(|| self.checkpoint.weights.main_dtype())
     }
 
     fn specs(&self) -> Vec<TensorSpec> {
         let Checkpoint { config, weights, .. } = &self.checkpoint;
         let main = self.main_dtype();
-        expected_tensors(config)
-            .into_iter()
-            // Tied heads are the embeddings; the reference's files have only these.
-            .filter(|(name, _)| !(config.tie_word_embeddings && name.starts_with("lm_head.")))
+        file_tensors(config)
             .map(|(name, shape)| {
                 let own = weights.get(&name).map_or(main, Weight::dtype);
                 TensorSpec::new(name, self.dtype.unwrap_or(own), shape)

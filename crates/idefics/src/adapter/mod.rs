@@ -19,7 +19,7 @@ pub use error::AdapterError;
 pub use merge::{MergeSummary, Merger};
 
 use crate::{
-    checkpoint::{DType, LinearWeight, Part, Weight, Weights, expected_tensors, read_tensor_file},
+    checkpoint::{DType, LinearWeight, Part, Weight, Weights, file_tensors, read_tensor_file},
     config::IdeficsConfig,
     model::WeightSource,
     ops::LowRank,
@@ -87,7 +87,7 @@ impl Adapter {
         if !path.exists() && directory.join(PICKLE).exists() {
             return Err(AdapterError::Pickle { path: directory.join(PICKLE) });
         }
-        let shapes: BTreeMap<String, Vec<usize>> = expected_tensors(model).into_iter().collect();
+        let shapes: BTreeMap<String, Vec<usize>> = file_tensors(model).collect();
         let mut halves: BTreeMap<String, Halves> = BTreeMap::new();
         let mut replaced = BTreeMap::new();
         for (name, weight) in read_tensor_file(&path)?.iter() {

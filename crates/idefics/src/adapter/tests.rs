@@ -205,6 +205,18 @@ fn other_spellings_of_the_same_adapter_load() {
 }
 
 #[test]
+fn a_tied_head_has_nothing_to_replace() {
+    let own = read_config(fixture("tiny")).unwrap();
+    let tied = IdeficsConfig { tie_word_embeddings: true, ..own.clone() };
+    let dir = changed("saved", |_| (), |name| Some(name.replace("model.norm", "lm_head")));
+    // The stand-in for a head is too short, which shows that it was taken for one.
+    let error = Adapter::open(dir.path(), &own).unwrap_err();
+    assert!(matches!(error, AdapterError::Shape { .. }), "{error}");
+    let error = Adapter::open(dir.path(), &tied).unwrap_err();
+    assert!(matches!(error, AdapterError::UnknownTensor { .. }), "{error}");
+}
+
+#[test]
 fn a_pickled_adapter_is_named() {
     let model = read_config(fixture("tiny")).unwrap();
     let dir = changed("list", |_| (), |name| Some(name.to_owned()));

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::measure::pictures;
 use crate::{
-    generate::{LogitsOf, Row, StepModel},
+    generate::{LogNormalizer, LogitsOf, Row, StepModel},
     model::{Model, ModelError},
 };
 
@@ -52,10 +52,8 @@ pub fn distributions(model: &Model, token_ids: &[u32]) -> Result<Distributions, 
 }
 
 fn log_softmax(logits: &[f32]) -> impl Iterator<Item = f64> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let total: f64 = logits.iter().map(|logit| f64::from(logit - largest).exp()).sum();
-    let shift = f64::from(largest) + total.ln();
-    logits.iter().map(move |logit| f64::from(*logit) - shift)
+    let normalizer = LogNormalizer::new(logits);
+    logits.iter().map(move |logit| normalizer.logprob(*logit))
 }
 
 impl Distributions {

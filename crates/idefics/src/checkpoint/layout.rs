@@ -126,6 +126,13 @@ impl fmt::Display for Part {
     }
 }
 
+/// Name and shape of every tensor that the files of such a model have: those of [`expected_tensors`], but no tied heads,
+/// which are the embeddings.
+pub(crate) fn file_tensors(config: &IdeficsConfig) -> impl Iterator<Item = (String, Vec<usize>)> {
+    let is_tied = config.tie_word_embeddings;
+    expected_tensors(config).into_iter().filter(move |(name, _)| !(is_tied && name.starts_with("lm_head.")))
+}
+
 /// Name and shape of every tensor that a model of this configuration has, the heads included even if they are
 /// tied to the embeddings.
 pub fn expected_tensors(config: &IdeficsConfig) -> Vec<(String, Vec<usize>)> {

@@ -31,6 +31,7 @@ pub use error::CheckpointError;
 pub use generation_config::{EarlyStopping, GenerationConfigFile, StopStrings};
 pub use header::{HeaderError, TensorInfo, parse_header};
 pub use index::{Index, IndexError};
+pub(crate) use layout::file_tensors;
 pub use layout::{Component, Part, expected_tensors};
 pub(crate) use packed::torch_name;
 pub use packed::{LinearWeight, Nf4Weight, PackedWeight, Q8Weight};

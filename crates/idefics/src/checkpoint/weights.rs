@@ -34,6 +34,16 @@ impl Weights {
         self.packed.get(name)
     }
 
+    /// The element type of most bytes that are not packed.
+    pub(crate) fn main_dtype(&self) -> DType {
+        let bytes = |dtype: DType| -> usize {
+            let weights = self.iter().filter(|(_, weight)| weight.dtype() == dtype);
+            weights.map(|(_, weight)| weight.bytes().len()).sum()
+        };
+        let most = [DType::F32, DType::F16, DType::Bf16].into_iter().max_by_key(|dtype| bytes(*dtype));
+        most.unwrap_or(DType::F32)
+    }
+
     /// The weight of this name in whatever form it is stored.
     pub fn get_linear(&self, name: &str) -> Option<LinearWeight> {
         let dense = || self.dense.get(name).cloned().map(LinearWeight::Dense);

@@ -8,7 +8,7 @@
 use super::{
     FinishReason, GenerationConfig, TokenLogprob,
     config::{EarlyStopping, Lengths},
-    sampler::SequenceRng,
+    sampler::{SequenceRng, best},
 };
 
 /// The state of a search. `running` is in step with the lanes of the model.
@@ -141,14 +141,14 @@ impl BeamSearch {
                 let mut chosen = rng.draw_without_replacement(&accumulated, self.candidates);
                 // Beams far behind have no weight to be drawn by, but the search needs its candidates.
                 if chosen.len() < self.candidates {
-                    let rest = best_indices(&accumulated, self.candidates);
+                    let rest = best(&accumulated, self.candidates);
                     let rest: Vec<_> = rest.into_iter().filter(|index| !chosen.contains(index)).collect();
                     chosen.extend(rest);
                     chosen.truncate(self.candidates);
                 }
                 chosen
             }
-            None => best_indices(&accumulated, self.candidates),
+            None => best(&accumulated, self.candidates),
         };
         let candidate = |index: usize| Candidate {
             beam: index / vocab_size,
@@ -182,19 +182,6 @@ impl BeamSearch {
 /// `length ^ penalty`, in f64 as in the reference, where it is a number of Python.
 fn length_divisor(length: usize, penalty: f64) -> f32 {
     (length as f64).powf(penalty) as f32
-}
-
-/// Indices of the best finite values, best first; of equals the first.
-fn best_indices(values: &[f32], count: usize) -> Vec<usize> {
-    let mut order: Vec<usize> =
-        (0..values.len()).filter(|&index| values[index] > f32::NEG_INFINITY).collect();
-    let descending = |a: &usize, b: &usize| values[*b].total_cmp(&values[*a]).then(a.cmp(b));
-    if count < order.len() {
-        order.select_nth_unstable_by(count, descending);
-        order.truncate(count);
-    }
-    order.sort_unstable_by(descending);
-    order
 }
 
 #[cfg(test)]

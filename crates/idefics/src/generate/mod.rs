@@ -43,6 +43,7 @@ pub use generation::{Generation, answer_each, generate, generate_requests};
 pub use logits_processor::{CustomProcessor, LogitsProcessors};
 pub use memory::{Memory, available_bytes};
 pub use request::Request;
+pub(crate) use sampler::LogNormalizer;
 pub use sampler::{SequenceRng, TokenLogprob, argmax, log_softmax};
 pub use scheduler::Scheduler;
 pub use score::{ScoreOptions, ScoreRequest, Scored, score, score_continuations};

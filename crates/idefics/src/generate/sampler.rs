@@ -114,14 +114,19 @@ pub(crate) fn top_logprobs(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
         return Vec::new();
     }
     let normalizer = LogNormalizer::new(logits);
-    let descending = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    if n < order.len() {
-        order.select_nth_unstable_by(n, descending);
-        order.truncate(n);
+    best(logits, n).into_iter().map(|id| (id as u32, normalizer.logprob(logits[id]) as f32)).collect()
+}
+
+/// Where the `count` best scores are that no rule has ruled out, best first; of equals the first.
+pub(crate) fn best(scores: &[f32], count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).filter(|&id| scores[id] > f32::NEG_INFINITY).collect();
+    let descending = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
+    if count < order.len() {
+        order.select_nth_unstable_by(count, descending);
+        order.truncate(count);
     }
     order.sort_unstable_by(descending);
-    order.into_iter().map(|id| (id, normalizer.logprob(logits[id as usize]) as f32)).collect()
+    order
 }
 
 /// `exp(scores - max)`, in f64.

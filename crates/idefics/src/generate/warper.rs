@@ -4,7 +4,7 @@
 //! `GenerationMixin._get_logits_processor`: temperature, top-h, top-k, top-p, min-p, typical, epsilon, eta.
 //! A removed token gets a score of minus infinity, so each warper looks only at what is left.
 
-use super::GenerationConfig;
+use super::{GenerationConfig, sampler::best};
 
 /// Candidates that top-h looks at.
 const TOP_H_CANDIDATES: usize = 100;
@@ -163,18 +163,6 @@ fn remove(scores: &mut [f32], is_removed: impl Fn(f32, usize) -> bool) {
 /// Tokens that no rule has removed yet.
 fn alive(scores: &[f32]) -> Vec<usize> {
     (0..scores.len()).filter(|&id| scores[id] > f32::NEG_INFINITY).collect()
-}
-
-/// The `count` best tokens, best first; of equals the first.
-fn best(scores: &[f32], count: usize) -> Vec<usize> {
-    let mut order = alive(scores);
-    let descending = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
-    if count < order.len() {
-        order.select_nth_unstable_by(count, descending);
-        order.truncate(count);
-    }
-    order.sort_unstable_by(descending);
-    order
 }
 
 fn kth_largest(scores: &[f32], k: usize) -> f32 {

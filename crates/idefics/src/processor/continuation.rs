@@ -16,13 +16,17 @@ impl Processor {
     /// not, the prompt gives its last tokens away.
     ///
     /// # Errors
-    /// As [`Processor::process`].
+    /// As [`Processor::process`], and if `max_length` is set: what is cut off a prompt cannot be continued.
     pub fn continuations(
         &self,
         prompt: &[Segment],
         texts: &[String],
         options: &ProcessOptions,
     ) -> Result<Continuations, ProcessorError> {
+        if let Some(max_length) = options.max_length {
+            let reason = format!("expected none where a prompt is continued, got {max_length}");
+            return Err(ProcessorError::Option { option: "max_length", reason });
+        }
         let prompt_text = self.prompt_text(prompt, options)?;
         let mut inputs = self.process(&[prompt.to_vec()], options)?.swap_remove(0);
         let mut wholes = Vec::with_capacity(texts.len());

@@ -315,6 +315,9 @@ fn continuations_are_tokenized_with_their_prompt() {
     }
     assert_eq!(joined.inputs.token_ids.len(), joined.inputs.image_index.len());
     assert_eq!(joined.inputs.images.len(), 1);
+    let cut = ProcessOptions { max_length: Some(3), ..options() };
+    let error = BASE.continuations(&prompt, &texts, &cut).unwrap_err().to_string();
+    assert_eq!(error, "option `max_length`: expected none where a prompt is continued, got 3");
 }
 
 #[test]

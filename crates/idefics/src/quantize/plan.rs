@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::{Format, QuantizeError, Recipe, error, pack::pack};
 use crate::checkpoint::{
-    Checkpoint, DType, PackedWeight, Weight, expected_tensors, torch_name,
+    Checkpoint, PackedWeight, Weight, file_tensors, torch_name,
     write::{self, ALIGN, Piece, file_header, shard_name, split},
 };
 
@@ -47,13 +47,9 @@ impl Plan {
         max_shard_bytes: u64,
     ) -> Result<Self, QuantizeError> {
         let weights = &checkpoint.weights;
-        let tied = checkpoint.config.tie_word_embeddings;
         let mut entries = Vec::new();
-        for (name, _) in expected_tensors(&checkpoint.config) {
-            // Tied heads are the embeddings; the reference's files have only these.
-            let Some(source) = weights.get(&name).filter(|_| !(tied && name.starts_with("lm_head."))) else {
-                continue;
-            };
+        for (name, _) in file_tensors(&checkpoint.config) {
+            let Some(source) = weights.get(&name) else { continue };
             let format = recipe.format_of(&name);
             let entry = Entry { name, source: source.clone(), format };
             if format.is_some() && format != Some(Format::Q8) && !source.len().is_multiple_of(2) {
@@ -206,13 +202,4 @@ impl Entry {
         };
         format!("{plain}{nested}}}")
     }
-}
-
-/// The element type that most bytes of the model have.
-pub(super) fn main_dtype(checkpoint: &Checkpoint) -> DType {
-    let bytes = |dtype: DType| -> usize {
-        let weights = checkpoint.weights.iter().filter(|(_, weight)| weight.dtype() == dtype);
-        weights.map(|(_, weight)| weight.bytes().len()).sum()
-    };
-    [DType::F32, DType::F16, DType::Bf16].into_iter().max_by_key(|dtype| bytes(*dtype)).unwrap_or(DType::F32)
 }

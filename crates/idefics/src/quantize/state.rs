@@ -16,7 +16,7 @@ use crate::{
         Checkpoint, WeightFile,
         write::{io_error, partial_path, write_json},
     },
-    files::ModelFiles,
+    files::{ModelFiles, hex, sha256},
 };
 
 /// Lies in the output directory until everything is done.
@@ -95,7 +95,7 @@ impl State {
         let path = directory.join(name);
         match fs::metadata(&path) {
             Ok(metadata) if metadata.is_file() && metadata.len() == finished.bytes => {
-                Ok(sha256_of_file(&path)? == finished.sha256)
+                Ok(sha256(&path).map_err(io_error("read", &path))? == finished.sha256)
             }
             _ => Ok(false),
         }
@@ -105,7 +105,11 @@ impl State {
     pub(super) fn finish(&mut self, name: &str, path: &Path) -> Result<(), QuantizeError> {
         let bytes = fs::metadata(path).map_err(io_error("read", path))?.len();
         self.finished.retain(|finished| finished.name != name);
-        self.finished.push(Finished { name: name.to_owned(), bytes, sha256: sha256_of_file(path)? });
+        self.finished.push(Finished {
+            name: name.to_owned(),
+            bytes,
+            sha256: sha256(path).map_err(io_error("read", path))?,
+        });
         Ok(())
     }
 
@@ -147,22 +151,6 @@ fn fingerprint(checkpoint: &Checkpoint) -> Result<String, QuantizeError> {
         context.update(&read().map_err(io_error("read", path))?);
     }
     Ok(hex(context.finish().as_ref()))
-}
-
-fn sha256_of_file(path: &Path) -> Result<String, QuantizeError> {
-    let mut file = File::open(path).map_err(io_error("read", path))?;
-    let mut context = Context::new(&SHA256);
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer).map_err(io_error("read", path))? {
-            0 => return Ok(hex(context.finish().as_ref())),
-            length => context.update(&buffer[..length]),
-        }
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 /// Where the state of a directory lies.

@@ -10,7 +10,7 @@ use std::{
 use super::{
     QuantizeError, Recipe,
     files::write_side_files,
-    plan::{Plan, Shard, main_dtype},
+    plan::{Plan, Shard},
     state::State,
     verify::verify,
 };
@@ -116,7 +116,7 @@ impl Quantizer {
         if self.plan.shards.len() > 1 {
             write_json(&out.join(INDEX_FILE), &self.plan.index())?;
         }
-        write_side_files(&self.checkpoint.origin, out, &self.recipe, main_dtype(&self.checkpoint))?;
+        write_side_files(&self.checkpoint.origin, out, &self.recipe, self.checkpoint.weights.main_dtype())?;
         State::remove(out)?;
         Ok(self.summary(out, self.plan.shards.len() - remaining.len()))
     }

@@ -16,7 +16,7 @@ pub(crate) const FEWEST_TILE_ROWS: usize = 7;
 /// Sums that wait in the tree of lanes, the result included.
 const LEVELS: usize = 5;
 
-/// How `m >= 7` rows are cut: tiles of nearly one height, at least 7.
+/// How rows are cut: tiles of nearly one height, at most 14 and, where there are as many, at least 7.
 #[derive(Clone, Copy)]
 pub(crate) struct Cut {
     /// Number of tiles.

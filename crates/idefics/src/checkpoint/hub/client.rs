@@ -15,6 +15,7 @@ use serde::Deserialize;
 use url::Url;
 
 use super::{HubError, ModelId, Progress, cache::ModelCache, error::io_error, id::is_commit};
+use crate::files::sha256;
 
 /// Most redirects that are followed for one file.
 const MAX_REDIRECTS: usize = 10;
@@ -103,7 +104,7 @@ impl<'a> Client<'a> {
     ) -> Result<(), HubError> {
         let id = &repository.id;
         let url = self.address(&format!("{}/resolve/{}/{}", id.name(), repository.commit, quoted(file)));
-        let (response, at) = self.follow("HEAD", url.clone(), None, Leave::Never)?;
+        let (response, at) = self.head(&url)?;
         if !response.status().is_redirection() {
             refuse_status(&response, &at, id, file)?;
         }
@@ -117,6 +118,23 @@ impl<'a> Client<'a> {
             progress.finish(file);
         }
         cache.link(&repository.commit, file, &content.etag)
+    }
+
+    /// Asks the hub about an address, again where it is busy or does not answer.
+    fn head(&self, url: &Url) -> Result<(Response, Url), HubError> {
+        let mut attempts = 1;
+        loop {
+            let result = self.follow("HEAD", url.clone(), None, Leave::Never);
+            let is_passing = match &result {
+                Ok((response, _)) => is_busy(response),
+                Err(error) => matches!(error, HubError::Transport { .. }),
+            };
+            if !is_passing || attempts == MAX_ATTEMPTS {
+                return result;
+            }
+            std::thread::sleep(self.retry_pause * 2u32.pow(attempts - 1));
+            attempts += 1;
+        }
     }
 
     /// Downloads until `part` has the size of the content, continuing what is there.
@@ -326,19 +344,4 @@ fn quoted(name: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'~');
     let quote = |byte: u8| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
     name.bytes().map(quote).collect()
-}
-
-fn sha256(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            length => digest.update(&buffer[..length]),
-        }
-    }
-    let nibbles =
-        digest.finish().as_ref().iter().flat_map(|byte| [byte >> 4, byte & 15]).collect::<Vec<u8>>();
-    Ok(nibbles.into_iter().map(|nibble| char::from(b"0123456789abcdef"[usize::from(nibble)])).collect())
 }

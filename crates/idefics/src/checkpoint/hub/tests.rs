@@ -35,6 +35,8 @@ struct Served {
     redirect: Option<String>,
     /// Refuse the file.
     status: Option<u16>,
+    /// Answer so many requests with status 503 first.
+    busy: usize,
     /// Ignore `Range`.
     no_range: bool,
 }
@@ -129,6 +131,10 @@ fn status_line(status: u16) -> Vec<u8> {
 fn content_response(request: &Request, served: &mut Served) -> Vec<u8> {
     if let Some(status) = served.status {
         return status_line(status);
+    }
+    if served.busy > 0 {
+        served.busy -= 1;
+        return status_line(503);
     }
     let total = served.content.len();
     let etag = served.etag.clone().unwrap_or_else(|| etag_of(&served.content));
@@ -284,6 +290,18 @@ fn a_broken_connection_is_continued() {
     assert_eq!(ranges, [None, Some("bytes=400-".to_owned()), Some("bytes=800-".to_owned())]);
     assert!(log.0.contains(&"start model.safetensors 800/1000".to_owned()), "{:?}", log.0);
     assert_eq!(log.0.last().unwrap(), "finish model.safetensors");
+}
+
+#[test]
+fn a_busy_hub_is_asked_again() {
+    let server = Server::start(&[("config.json", "{}"), ("tokenizer.json", "{}")]);
+    server.serve("model.safetensors", Served { content: vec![7; 50], busy: 4, ..Served::default() });
+    let cache = tempfile::tempdir().unwrap();
+    let snapshot = server.hub(&cache, &[]).resolve(&id("org/name"), &mut ()).unwrap();
+    assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), [7; 50]);
+    let of_weights = |request: &&Request| request.path.ends_with("model.safetensors");
+    let methods: Vec<_> = server.requests().iter().filter(of_weights).map(|r| r.method.clone()).collect();
+    assert_eq!(methods, ["HEAD", "HEAD", "HEAD", "HEAD", "HEAD", "GET"]);
 }
 
 #[test]
