@@ -215,6 +215,21 @@ chatTest("conversations are kept, renamed and deleted", async (page, server) => 
   assert.equal(left, 0, "its pictures are gone too");
 });
 
+chatTest("a conversation that is deleted while it is answered stays deleted", async (page, server) => {
+  await say(page, "slow please");
+  await page.waitForFunction(() => /word3/.test(document.querySelector(".from-model .text")?.textContent));
+  await page.hover("li.is-current");
+  await page.click("li.is-current [aria-label^=Delete]");
+  await page.click("#confirm button[value=delete]");
+  await page.waitForSelector("#conversations >> text=No conversations yet.");
+  await page.waitForTimeout(300);
+  assert.equal(server.open, 0, "nobody waits for its answer");
+  assert.equal(await page.locator(".open").count(), 0);
+  await page.reload();
+  await page.waitForSelector("#conversations >> text=No conversations yet.");
+  assert.ok(await page.isVisible("#send"));
+});
+
 chatTest("an answer that the page left behind is kept as far as it came", async (page) => {
   await say(page, "slow please");
   await page.waitForFunction(() => /word5/.test(document.querySelector(".from-model .text")?.textContent));

@@ -141,10 +141,11 @@ function drawList() {
 }
 
 async function keep(conversation = state.conversation) {
-  await kept(store.saveConversation(conversation));
+  // In the list first: one that is deleted while it is saved does not come back into it.
   const others = state.conversations.filter((it) => it.id !== conversation.id);
   state.conversations = [conversation, ...others].sort((a, b) => b.updated - a.updated);
   drawList();
+  await kept(store.saveConversation(conversation));
 }
 
 async function openConversation(id) {
@@ -195,9 +196,10 @@ const sidebar = new Sidebar($("conversations"), {
   }),
   onDelete: guarded(async (conversation) => {
     if (!(await confirmDelete(conversation))) return;
+    // Out of the list first: an answer that ends keeps its conversation if that is in it.
+    state.conversations = state.conversations.filter((it) => it.id !== conversation.id);
     state.running.get(conversation.id)?.controller.abort();
     await kept(store.deleteConversation(conversation.id));
-    state.conversations = state.conversations.filter((it) => it.id !== conversation.id);
     announce("Conversation deleted");
     if (conversation.id === state.conversation.id) startConversation();
     else drawList();
