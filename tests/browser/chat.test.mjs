@@ -367,14 +367,18 @@ chatTest("conversations go into files and come back", async (page, server) => {
   await page.waitForSelector("#notice >> text=Line 1: expected a message of the user");
 });
 
-chatTest("typing goes on while pictures are read, and the message waits for them", async (page, server) => {
-  await page.evaluate(() => {
+/** Lets pictures take their time to be read. */
+const readSlowly = (page) =>
+  page.evaluate(() => {
     const read = createImageBitmap;
     window.createImageBitmap = async (...values) => {
       await new Promise((resolve) => setTimeout(resolve, 500));
       return read(...values);
     };
   });
+
+chatTest("typing goes on while pictures are read, and the message waits for them", async (page, server) => {
+  await readSlowly(page);
   await page.click("#composer");
   await page.keyboard.type("Is ");
   await transfer(page, "paste", "#composer", ["444.jpg"]);
@@ -382,6 +386,34 @@ chatTest("typing goes on while pictures are read, and the message waits for them
   await page.keyboard.press("Enter");
   await lastAnswer(page);
   assert.deepEqual(kinds(server.requests[0]), ["Is", "image/jpeg", "old?"]);
+});
+
+chatTest("a message that waits for its pictures is sent once", async (page, server) => {
+  await readSlowly(page);
+  await page.click("#composer");
+  await page.keyboard.type("Is ");
+  await transfer(page, "paste", "#composer", ["444.jpg"]);
+  await page.keyboard.press("Enter");
+  await page.keyboard.press("Enter");
+  await page.waitForSelector("#waiting:visible");
+  assert.ok(await page.isDisabled("#send"));
+  await screenshot(page, "desktop waiting");
+  await lastAnswer(page);
+  assert.ok(await page.isHidden("#waiting"));
+  assert.equal(await page.locator(".message").count(), 2);
+  assert.equal(await page.locator(".version").count(), 0);
+  await page.locator(".from-user").getByLabel("Edit").click();
+  await page.keyboard.type(" and ");
+  await transfer(page, "paste", ".editing .editor", ["rgb.png"]);
+  await page.keyboard.press("Enter");
+  await page.keyboard.press("Enter");
+  await page.waitForSelector(".editing-tools >> text=Waiting for the pictures");
+  await screenshot(page, "desktop editing waits");
+  await page.waitForSelector(".editing", { state: "detached" });
+  await lastAnswer(page);
+  assert.equal(await page.locator(".from-user .version").innerText(), "2 / 2");
+  assert.equal(server.requests.length, 2);
+  assert.deepEqual(kinds(server.requests[1]), ["Is", "image/jpeg", "and", "image/png;"]);
 });
 
 chatTest("huge and turned pictures are drawn anew, and what is no picture is refused", async (page, server) => {

@@ -184,7 +184,9 @@ function drawButtons() {
   const isRunning = state.running.has(state.conversation.id);
   $("send").hidden = isRunning;
   $("stop").hidden = !isRunning;
-  $("send").disabled = composer.isEmpty();
+  $("send").disabled = composer.isEmpty() || sending.has(state.conversation.id);
+  $("hint").hidden = isWaiting(state.conversation);
+  $("waiting").hidden = !isWaiting(state.conversation);
 }
 
 const sidebar = new Sidebar($("conversations"), {
@@ -254,11 +256,11 @@ async function addFile(target, file) {
 }
 
 /** Pictures are kept with the conversation once they are part of it. */
-async function keepPictures(parts) {
+async function keepPictures(conversation, parts) {
   for (const part of parts) {
     const picture = part.type === "image" && state.pictures.get(part.id);
-    if (picture && picture.conversation !== state.conversation.id) {
-      picture.conversation = state.conversation.id;
+    if (picture && picture.conversation !== conversation.id) {
+      picture.conversation = conversation.id;
       await kept(store.savePicture(picture));
     }
   }
@@ -272,20 +274,51 @@ const composer = new Composer($("composer"), {
   url: urlOf,
 });
 
-async function submit() {
-  if (reading.size) await Promise.all(reading);
-  if (state.running.has(state.conversation.id)) return;
-  const parts = composer.parts();
+/** Conversations with a message on its way out: one that waits for its pictures is not sent again. */
+const sending = new Set();
+
+const isWaiting = (conversation) => sending.has(conversation.id) && reading.size > 0;
+
+/**
+ * Asks what `take` hands out once all pictures are read.
+ * @param {() => object[]} take  the parts of the message, taken out of its field
+ * @param {() => string | undefined} parentOf  what the message follows
+ */
+async function send(conversation, take, parentOf) {
+  if (sending.has(conversation.id)) return;
+  sending.add(conversation.id);
+  drawButtons();
+  let parts = [];
+  try {
+    if (reading.size) {
+      announce("The message waits for its pictures");
+      await Promise.all(reading);
+    }
+    if (!state.running.has(conversation.id)) parts = take();
+    await keepPictures(conversation, parts);
+  } finally {
+    sending.delete(conversation.id);
+    drawButtons();
+  }
   if (!parts.length) return;
-  const { conversation } = state;
-  const last = store.pathOf(conversation).at(-1);
-  await keepPictures(parts);
-  // A message that nobody answered is followed by its answer, not by a second message.
-  const parent = last?.role === "user" ? last.parent : last?.id;
-  const question = store.addNode(conversation, parent, { role: "user", parts });
+  const question = store.addNode(conversation, parentOf(), { role: "user", parts });
   conversation.title ||= titleOf(parts);
-  composer.clear();
   await ask(conversation, question);
+}
+
+async function submit() {
+  const { conversation } = state;
+  const take = () => {
+    const parts = composer.parts();
+    if (parts.length) composer.clear();
+    return parts;
+  };
+  // A message that nobody answered is followed by its answer, not by a second message.
+  const parentOf = () => {
+    const last = store.pathOf(conversation).at(-1);
+    return last?.role === "user" ? last.parent : last?.id;
+  };
+  await send(conversation, take, parentOf);
 }
 
 // ---------------------------------------------------------------- answers
@@ -425,34 +458,41 @@ function edit(node) {
     "aria-multiline": "true",
     "aria-label": "Edit the message",
   });
+  const { conversation } = state;
+  let isCancelled = false;
   const close = () => {
+    isCancelled = true;
     editor.close();
     thread.refresh(node);
     thread.elementOf(node)?.querySelector("[aria-label=Edit]")?.focus();
   };
-  const send = element("button", { type: "button", class: "button primary small", text: "Send" });
+  const ready = element("button", { type: "button", class: "button primary small", text: "Send" });
+  const take = () => {
+    const parts = isCancelled ? [] : editor.parts();
+    if (parts.length) editor.close();
+    return parts;
+  };
+  const drawReady = () => {
+    ready.disabled = field.childNodes.length === 0 || sending.has(conversation.id);
+    ready.textContent = isWaiting(conversation) ? "Waiting for the pictures…" : "Send";
+  };
   const editor = new Composer(field, {
     onSubmit: guarded(async () => {
-      if (reading.size) await Promise.all(reading);
-      const parts = editor.parts();
-      if (!parts.length || state.running.has(state.conversation.id)) return;
-      editor.close();
-      const { conversation } = state;
-      await keepPictures(parts);
-      const parent = node.parent === "root" ? undefined : node.parent;
-      const question = store.addNode(conversation, parent, { role: "user", parts });
-      await ask(conversation, question);
+      const sent = send(conversation, take, () => node.parent);
+      drawReady();
+      await sent;
+      drawReady();
     }),
     onCancel: close,
-    onChange: () => (send.disabled = field.childNodes.length === 0),
+    onChange: drawReady,
     onFiles: guarded((files) => addFiles(editor, files)),
     announce,
     url: urlOf,
   });
-  send.addEventListener("click", () => editor.how.onSubmit());
+  ready.addEventListener("click", () => editor.how.onSubmit());
   const cancel = element("button", { type: "button", class: "button small", text: "Cancel", on: { click: close } });
   const pick = iconButton("picture", "Add pictures", () => pickFiles(editor));
-  message.replaceChildren(element("div", { class: "editing" }, field, element("div", { class: "editing-tools" }, pick, cancel, send)));
+  message.replaceChildren(element("div", { class: "editing" }, field, element("div", { class: "editing-tools" }, pick, cancel, ready)));
   acceptDrops(message, editor);
   editor.fill(node.parts, state.pictures);
   editor.focusAtEnd();
