@@ -267,6 +267,35 @@ chatTest("failures are told where they happen, and can be tried again", async (p
   await page.waitForSelector(".failure >> text=cannot be reached");
 });
 
+chatTest("a message without an answer is no part of what follows", async (page, server) => {
+  await say(page, "first");
+  await lastAnswer(page);
+  for (const words of ["busy?", "empty"]) {
+    await say(page, words);
+    await page.waitForSelector(words === "busy?" ? ".failure" : "text=had nothing to say");
+  }
+  await say(page, "never");
+  await page.click("#stop");
+  await page.waitForSelector("text=Stopped.");
+  await say(page, "second");
+  assert.match(await lastAnswer(page), /“second” in turn 2/);
+  const { messages } = server.requests.at(-1);
+  assert.deepEqual(messages.map((message) => message.role), ["user", "assistant", "user"]);
+  assert.ok(messages[1].content.startsWith("I see “first”"), messages[1].content);
+  // What got no answer is a version of what was asked in its stead.
+  const last = page.locator(".from-user").last();
+  assert.equal(await last.locator(".version").innerText(), "4 / 4");
+  await screenshot(page, "desktop after a failure");
+  for (let step = 0; step < 3; step += 1) await page.locator(".from-user").last().getByLabel("Earlier version").click();
+  assert.match(await last.innerText(), /^busy/);
+  assert.ok(await page.isVisible(".failure"));
+  const download = page.waitForEvent("download");
+  await page.click("#export");
+  const path = join(folder("file"), "answered.jsonl");
+  await (await download).saveAs(path);
+  assert.deepEqual(readFileSync(path, "utf8").trim().split("\n").map((line) => JSON.parse(line).content[0].text), ["first", messages[1].content]);
+});
+
 chatTest("answers that were cut off go on", async (page, server) => {
   await say(page, "cut this");
   await page.waitForSelector("text=Cut off at the longest length.");

@@ -74,6 +74,8 @@ async function chat(request, response, state) {
   const send = (more) => response.write(`data: ${JSON.stringify({ ...base, ...more })}\n\n`);
   const delta = (delta, finish_reason = null) => send({ choices: [{ index: 0, delta, finish_reason }], usage: null });
   delta({ role: "assistant", content: "" });
+  // Nothing comes until the client leaves.
+  if (/never/.test(words)) return;
   const pieces = answerTo(body, last, words);
   let sent = 0;
   for (const piece of pieces) {

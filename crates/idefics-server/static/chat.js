@@ -313,9 +313,9 @@ async function submit() {
     if (parts.length) composer.clear();
     return parts;
   };
-  // A message that nobody answered is followed by its answer, not by a second message.
+  // A message that nobody answered is followed by its answer, not by a second message: that is another version of it.
   const parentOf = () => {
-    const last = store.pathOf(conversation).at(-1);
+    const last = store.answered(store.pathOf(conversation)).at(-1);
     return last?.role === "user" ? last.parent : last?.id;
   };
   await send(conversation, take, parentOf);
@@ -327,7 +327,7 @@ async function submit() {
 async function messagesOf(path) {
   const messages = [];
   if (settings.system.trim()) messages.push({ role: "system", content: settings.system });
-  for (const node of path) {
+  for (const node of store.answered(path)) {
     if (node.role === "assistant") {
       messages.push({ role: "assistant", content: store.textOf(node) });
       continue;
@@ -436,8 +436,10 @@ async function retry(node) {
 async function goOn(node) {
   const { conversation } = state;
   if (state.running.has(conversation.id)) return;
+  const path = untilNode(conversation, node);
+  if (store.isSilent(node)) path.pop();
   node.status = "streaming";
-  await write(conversation, node, untilNode(conversation, node));
+  await write(conversation, node, path);
 }
 
 function stop() {

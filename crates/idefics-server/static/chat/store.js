@@ -115,3 +115,11 @@ export const textOf = (node) =>
     .filter((part) => part.type === "text")
     .map((part) => part.text)
     .join("");
+
+/** Whether this is an answer that says nothing: it failed, was stopped at once, or was empty. */
+export const isSilent = (node) => node?.role === "assistant" && textOf(node) === "";
+
+/** `path` without the messages that got no words for an answer: a model that reads silence learns to be silent. */
+export function answered(path) {
+  return path.filter((node, index) => !isSilent(node) && !isSilent(path[index + 1]));
+}
