@@ -215,6 +215,43 @@ chatTest("conversations are kept, renamed and deleted", async (page, server) => 
   assert.equal(left, 0, "its pictures are gone too");
 });
 
+chatTest("every conversation has its own half-written message", async (page, server) => {
+  await say(page, "first");
+  await lastAnswer(page);
+  await page.keyboard.type("half of ");
+  await transfer(page, "paste", "#composer", ["444.jpg"]);
+  await pictures(page, 1);
+  await page.click("#new");
+  assert.equal(await composed(page), "");
+  await page.keyboard.type("not begun");
+  await page.click(".open:has-text('first')");
+  await page.waitForSelector(".message");
+  assert.equal(await composed(page), "half of @");
+  await page.waitForFunction(() => document.querySelector(".island img").naturalWidth === 33);
+  await page.click("#new");
+  assert.equal(await composed(page), "not begun");
+  await page.keyboard.press("Enter");
+  await lastAnswer(page);
+  assert.deepEqual(kinds(server.requests.at(-1)), ["not begun"]);
+  // One that waits for its pictures is sent to where it was written.
+  await readSlowly(page);
+  await page.click(".open:has-text('first')");
+  await page.waitForFunction(() => document.querySelector("#title").textContent === "first");
+  await transfer(page, "paste", "#composer", ["rgb.png"]);
+  await page.keyboard.press("Enter");
+  await page.click("#new");
+  await page.keyboard.type("mine");
+  while (server.requests.length < 3) await page.waitForTimeout(20);
+  await page.click(".open:has-text('first')");
+  await page.waitForSelector(".message >> nth=3");
+  assert.match(await lastAnswer(page), /in turn 2/);
+  assert.equal(await composed(page), "");
+  assert.deepEqual(kinds(server.requests.at(-1)).slice(0, 2), ["half of", "image/jpeg"]);
+  assert.equal(server.requests.at(-1).messages.at(-1).content.length, 3);
+  await page.click("#new");
+  assert.equal(await composed(page), "mine");
+});
+
 chatTest("a conversation that is deleted while it is answered stays deleted", async (page, server) => {
   await say(page, "slow please");
   await page.waitForFunction(() => /word3/.test(document.querySelector(".from-model .text")?.textContent));

@@ -4,7 +4,7 @@
 // for words and pictures, thread.js shows messages, and this file joins them.
 
 import { ApiError, apiKey, describeModel, streamChat } from "./chat/api.js";
-import { Composer } from "./chat/composer.js";
+import { Composer, partsOf } from "./chat/composer.js";
 import { element, iconButton } from "./chat/elements.js";
 import { PictureError, readPicture, toDataUri } from "./chat/pictures.js";
 import { applyTheme, loadSettings, requestFields, SettingsDialog } from "./chat/settings.js";
@@ -148,25 +148,44 @@ async function keep(conversation = state.conversation) {
   await kept(store.saveConversation(conversation));
 }
 
+const isShown = (conversation) => conversation.id === state.conversation.id;
+
+const isListed = (conversation) => state.conversations.some((it) => it.id === conversation.id);
+
+/** Half-written messages of the conversations that are not shown, by their ids. */
+const drafts = new Map();
+
+/** The conversation that has not begun. What was written for it waits there, too. */
+let unbegun = state.conversation;
+
+/** Turns to another conversation; each has its own half-written message. */
+function turnTo(conversation) {
+  if (isShown(conversation)) return;
+  drafts.set(state.conversation.id, composer.take());
+  state.conversation = conversation;
+  composer.put(drafts.get(conversation.id));
+  drafts.delete(conversation.id);
+}
+
 async function openConversation(id) {
   const running = state.running.get(id);
   const found = running?.conversation ?? state.conversations.find((it) => it.id === id);
   if (!found) return;
-  state.conversation = found;
+  turnTo(found);
   for (const picture of (await kept(store.picturesOf(id))) ?? []) state.pictures.set(picture.id, picture);
-  composer.clear();
+  if (!isShown(found)) return;
   draw();
   closeSidebar();
   scrollToEnd();
-  composer.editor.focus({ preventScroll: true });
+  composer.focusAtEnd({ preventScroll: true });
 }
 
 function startConversation() {
-  state.conversation = store.newConversation();
-  composer.clear();
+  if (unbegun.nodes.length) unbegun = store.newConversation();
+  turnTo(unbegun);
   draw();
   closeSidebar();
-  composer.editor.focus();
+  composer.focusAtEnd();
 }
 
 function draw() {
@@ -193,7 +212,7 @@ const sidebar = new Sidebar($("conversations"), {
   onOpen: guarded(openConversation),
   onRename: guarded(async (conversation, title) => {
     conversation.title = title;
-    if (conversation.id === state.conversation.id) $("title").textContent = title;
+    if (isShown(conversation)) $("title").textContent = title;
     await keep(conversation);
   }),
   onDelete: guarded(async (conversation) => {
@@ -203,8 +222,9 @@ const sidebar = new Sidebar($("conversations"), {
     state.running.get(conversation.id)?.controller.abort();
     await kept(store.deleteConversation(conversation.id));
     announce("Conversation deleted");
-    if (conversation.id === state.conversation.id) startConversation();
+    if (isShown(conversation)) startConversation();
     else drawList();
+    drafts.delete(conversation.id);
   }),
 });
 
@@ -294,7 +314,8 @@ async function send(conversation, take, parentOf) {
       announce("The message waits for its pictures");
       await Promise.all(reading);
     }
-    if (!state.running.has(conversation.id)) parts = take();
+    const isDeleted = conversation.nodes.length > 0 && !isListed(conversation);
+    if (!isDeleted && !state.running.has(conversation.id)) parts = take();
     await keepPictures(conversation, parts);
   } finally {
     sending.delete(conversation.id);
@@ -309,9 +330,10 @@ async function send(conversation, take, parentOf) {
 async function submit() {
   const { conversation } = state;
   const take = () => {
-    const parts = composer.parts();
-    if (parts.length) composer.clear();
-    return parts;
+    // Who turned to another conversation meanwhile left the message with the drafts.
+    const draft = isShown(conversation) ? composer.take() : drafts.get(conversation.id);
+    drafts.delete(conversation.id);
+    return draft ? partsOf(draft) : [];
   };
   // A message that nobody answered is followed by its answer, not by a second message: that is another version of it.
   const parentOf = () => {
@@ -368,7 +390,7 @@ async function write(conversation, answer, path) {
   state.running.set(conversation.id, { controller, node: answer, conversation });
   hideNotice();
   draw();
-  scrollToEnd();
+  if (isShown(conversation)) scrollToEnd();
   announce("The model is answering");
   const start = performance.now();
   const text = answer.parts[0];
@@ -401,10 +423,8 @@ async function write(conversation, answer, path) {
   answer.seconds = (performance.now() - start) / 1000;
   state.running.delete(conversation.id);
   conversation.updated = Date.now();
-  const isShown = conversation.id === state.conversation.id;
-  const isKept = state.conversations.some((it) => it.id === conversation.id);
-  if (isKept) await keep(conversation);
-  if (isShown) {
+  if (isListed(conversation)) await keep(conversation);
+  if (isShown(conversation)) {
     thread.refresh(answer);
     drawButtons();
     followEnd();
