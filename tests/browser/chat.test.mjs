@@ -215,6 +215,102 @@ chatTest("conversations are kept, renamed and deleted", async (page, server) => 
   assert.equal(left, 0, "its pictures are gone too");
 });
 
+const messages = (page, count) => page.waitForFunction((count) => document.querySelectorAll(".message").length === count, count);
+
+/** The same chat in another tab, with the latest conversation open. */
+async function openTab({ url }, { context, problems }) {
+  const tab = await context.newPage();
+  tab.setDefaultTimeout(60_000);
+  tab.on("pageerror", (error) => problems.push(`error in a tab: ${error.message}`));
+  await tab.goto(url);
+  await tab.click(".open");
+  await tab.waitForSelector(".message");
+  return tab;
+}
+
+chatTest("tabs follow each other", async (page, server, opened) => {
+  await say(page, "first");
+  await lastAnswer(page);
+  const tab = await openTab(server, opened);
+  await pick(page, "444.jpg");
+  await pictures(page, 1);
+  await say(page, "second");
+  await messages(tab, 4);
+  await tab.waitForFunction(() => document.querySelector(".picture img")?.naturalWidth === 33);
+  await say(tab, "third");
+  assert.match(await lastAnswer(tab), /in turn 3/);
+  await messages(page, 6);
+  await page.hover("li.is-current");
+  await page.click("li.is-current [aria-label^=Rename]");
+  await page.keyboard.type("Ours");
+  await page.keyboard.press("Enter");
+  await tab.waitForSelector("#title >> text=Ours");
+  // An answer of one is waited for in the other, also in one that is opened meanwhile.
+  await say(page, "slow please");
+  const late = await openTab(server, opened);
+  for (const other of [tab, late]) {
+    await other.waitForSelector("#waiting >> text=Being answered in another tab");
+    await other.click("#composer");
+    await other.keyboard.type("early");
+    await other.keyboard.press("Enter");
+    assert.ok(await other.isDisabled("#send"));
+  }
+  await screenshot(tab, "desktop another tab");
+  await page.waitForFunction(() => /word5/.test([...document.querySelectorAll(".from-model .text")].at(-1).textContent));
+  assert.equal(server.requests.length, 4);
+  await page.close();
+  for (const other of [tab, late]) {
+    await other.waitForSelector("text=Stopped.");
+    assert.match(await other.locator(".from-model .text").last().innerText(), /word1 word2 word3/);
+    assert.ok(await other.isEnabled("#send"));
+  }
+  // What is half written outlives the conversation that it was for.
+  await tab.hover("li.is-current");
+  await tab.click("li.is-current [aria-label^=Delete]");
+  await tab.click("#confirm button[value=delete]");
+  await late.waitForSelector("#notice >> text=deleted in another tab");
+  assert.equal(await composed(late), "early");
+  assert.equal(await late.locator(".open").count(), 0);
+  await late.click("#composer");
+  await late.keyboard.press("Enter");
+  assert.match(await lastAnswer(late), /“early” in turn 1/);
+});
+
+chatTest("tabs that hear nothing of each other overwrite nothing", async (page, server, opened) => {
+  await opened.context.addInitScript(() => delete globalThis.BroadcastChannel);
+  await page.reload();
+  await say(page, "first");
+  await lastAnswer(page);
+  const tab = await openTab(server, opened);
+  await say(page, "second");
+  await lastAnswer(page);
+  await messages(tab, 2);
+  await say(tab, "third");
+  await messages(tab, 6);
+  assert.match(await lastAnswer(tab), /in turn 3/);
+  await page.hover("li.is-current");
+  await page.click("li.is-current [aria-label^=Rename]");
+  await page.keyboard.type("Ours");
+  await page.keyboard.press("Enter");
+  await page.waitForSelector("#title >> text=Ours");
+  await tab.locator(".from-model").last().getByLabel("Answer again").click();
+  await tab.waitForSelector(".version >> text=2 / 2");
+  await lastAnswer(tab);
+  await tab.reload();
+  await tab.click(".open:has-text('Ours')");
+  await messages(tab, 6);
+  // What was deleted elsewhere does not come back.
+  await tab.hover("li.is-current");
+  await tab.click("li.is-current [aria-label^=Delete]");
+  await tab.click("#confirm button[value=delete]");
+  await tab.waitForSelector("#conversations >> text=No conversations yet.");
+  await say(page, "fourth");
+  await page.waitForSelector("#notice >> text=deleted in another tab");
+  assert.equal(await composed(page), "fourth");
+  await tab.reload();
+  await tab.waitForSelector("#conversations >> text=No conversations yet.");
+});
+
 chatTest("every conversation has its own half-written message", async (page, server) => {
   await say(page, "first");
   await lastAnswer(page);

@@ -137,7 +137,7 @@ async function kept(work) {
 }
 
 function drawList() {
-  sidebar.show(state.conversations, state.conversation.id, state.running);
+  sidebar.show(state.conversations, state.conversation.id, isBusy);
 }
 
 async function keep(conversation = state.conversation) {
@@ -145,8 +145,72 @@ async function keep(conversation = state.conversation) {
   const others = state.conversations.filter((it) => it.id !== conversation.id);
   state.conversations = [conversation, ...others].sort((a, b) => b.updated - a.updated);
   drawList();
-  await kept(store.saveConversation(conversation));
+  if ((await kept(store.saveConversation(conversation))) === false) forget(conversation.id);
 }
+
+/**
+ * Takes over what other tabs did to a conversation. False if one of them deleted it.
+ * @param {boolean} [isTold]  whether a tab has just said so: then an answer that is being written is one
+ */
+async function catchUp(conversation, isTold = false) {
+  const { id } = conversation;
+  const saved = await kept(store.savedConversation(id));
+  if (saved === null && store.wasSaved(id)) {
+    forget(id);
+    return false;
+  }
+  for (const picture of (await kept(store.picturesOf(id))) ?? []) state.pictures.set(picture.id, picture);
+  // While an answer is written here, this is the latest.
+  if (!saved || state.running.has(id)) return true;
+  // Of a tab that crashed nobody says that it writes.
+  const statusOf = (node) => conversation.nodes.find((it) => it.id === node.id)?.status ?? "stopped";
+  if (!isTold) for (const node of saved.nodes) if (node.status === "streaming") node.status = statusOf(node);
+  store.join(conversation, saved, true);
+  return true;
+}
+
+/** Lets go of a conversation that another tab deleted. */
+function forget(id) {
+  state.conversations = state.conversations.filter((it) => it.id !== id);
+  state.running.get(id)?.controller.abort();
+  if (state.conversation.id !== id) {
+    drafts.delete(id);
+    drawList();
+    return;
+  }
+  showNotice("This conversation was deleted in another tab.");
+  // What is half written stays where it is.
+  if (composer.editor.childNodes.length) unbegun = state.conversation = store.newConversation();
+  else turnTo(unbegunConversation());
+  draw();
+}
+
+/** Another tab saved a conversation. */
+async function follow(id) {
+  const isNew = !state.conversations.some((it) => it.id === id);
+  const saved = isNew && (await kept(store.savedConversation(id)));
+  if (saved && !isListed(saved)) state.conversations.push(saved);
+  const conversation = state.conversations.find((it) => it.id === id);
+  if (!conversation || !(await catchUp(conversation, true))) return;
+  state.conversations.sort((a, b) => b.updated - a.updated);
+  // A message that is being edited is not taken away.
+  if (!isShown(conversation) || $("messages").querySelector(".editing")) return drawList();
+  draw();
+  followEnd();
+}
+
+store.listen(
+  guarded(async ({ kind, id }) => {
+    if (kind === "saved") await follow(id);
+    else if (kind === "deleted") forget(id);
+    // A new tab takes answers that are being written for left behind until it is told.
+    else for (const running of state.running.keys()) store.tell("saved", running);
+  }),
+);
+
+/** Whether a conversation is being answered, here or in another tab. */
+const isBusy = (conversation) =>
+  state.running.has(conversation.id) || conversation.nodes.some((node) => node.status === "streaming");
 
 const isShown = (conversation) => conversation.id === state.conversation.id;
 
@@ -157,6 +221,11 @@ const drafts = new Map();
 
 /** The conversation that has not begun. What was written for it waits there, too. */
 let unbegun = state.conversation;
+
+function unbegunConversation() {
+  if (unbegun.nodes.length) unbegun = store.newConversation();
+  return unbegun;
+}
 
 /** Turns to another conversation; each has its own half-written message. */
 function turnTo(conversation) {
@@ -172,8 +241,7 @@ async function openConversation(id) {
   const found = running?.conversation ?? state.conversations.find((it) => it.id === id);
   if (!found) return;
   turnTo(found);
-  for (const picture of (await kept(store.picturesOf(id))) ?? []) state.pictures.set(picture.id, picture);
-  if (!isShown(found)) return;
+  if (!(await catchUp(found)) || !isShown(found)) return;
   draw();
   closeSidebar();
   scrollToEnd();
@@ -181,8 +249,7 @@ async function openConversation(id) {
 }
 
 function startConversation() {
-  if (unbegun.nodes.length) unbegun = store.newConversation();
-  turnTo(unbegun);
+  turnTo(unbegunConversation());
   draw();
   closeSidebar();
   composer.focusAtEnd();
@@ -203,15 +270,20 @@ function drawButtons() {
   const isRunning = state.running.has(state.conversation.id);
   $("send").hidden = isRunning;
   $("stop").hidden = !isRunning;
-  $("send").disabled = composer.isEmpty() || sending.has(state.conversation.id);
-  $("hint").hidden = isWaiting(state.conversation);
-  $("waiting").hidden = !isWaiting(state.conversation);
+  $("send").disabled = composer.isEmpty() || sending.has(state.conversation.id) || isBusy(state.conversation);
+  $("send").setAttribute("aria-busy", sending.has(state.conversation.id));
+  const isElsewhere = !isRunning && isBusy(state.conversation);
+  const waits = isWaiting(state.conversation) ? "Waiting for the pictures…" : isElsewhere ? "Being answered in another tab…" : "";
+  $("hint").hidden = waits !== "";
+  $("waiting").hidden = waits === "";
+  $("waiting").textContent = waits;
 }
 
 const sidebar = new Sidebar($("conversations"), {
   onOpen: guarded(openConversation),
   onRename: guarded(async (conversation, title) => {
-    conversation.title = title;
+    // The latest name counts, in whichever tab it was given.
+    if (title !== conversation.title) Object.assign(conversation, { title, renamed: Date.now() });
     if (isShown(conversation)) $("title").textContent = title;
     await keep(conversation);
   }),
@@ -220,11 +292,11 @@ const sidebar = new Sidebar($("conversations"), {
     // Out of the list first: an answer that ends keeps its conversation if that is in it.
     state.conversations = state.conversations.filter((it) => it.id !== conversation.id);
     state.running.get(conversation.id)?.controller.abort();
-    await kept(store.deleteConversation(conversation.id));
-    announce("Conversation deleted");
     if (isShown(conversation)) startConversation();
     else drawList();
     drafts.delete(conversation.id);
+    await kept(store.deleteConversation(conversation.id));
+    announce("Conversation deleted");
   }),
 });
 
@@ -294,7 +366,7 @@ const composer = new Composer($("composer"), {
   url: urlOf,
 });
 
-/** Conversations with a message on its way out: one that waits for its pictures is not sent again. */
+/** Conversations that are about to be answered: a message that waits for its pictures is not sent again. */
 const sending = new Set();
 
 const isWaiting = (conversation) => sending.has(conversation.id) && reading.size > 0;
@@ -305,26 +377,39 @@ const isWaiting = (conversation) => sending.has(conversation.id) && reading.size
  * @param {() => string | undefined} parentOf  what the message follows
  */
 async function send(conversation, take, parentOf) {
-  if (sending.has(conversation.id)) return;
-  sending.add(conversation.id);
-  drawButtons();
-  let parts = [];
-  try {
+  const parts = await prepare(conversation, async () => {
     if (reading.size) {
       announce("The message waits for its pictures");
       await Promise.all(reading);
     }
-    const isDeleted = conversation.nodes.length > 0 && !isListed(conversation);
-    if (!isDeleted && !state.running.has(conversation.id)) parts = take();
-    await keepPictures(conversation, parts);
+    if (!(await isReady(conversation))) return [];
+    const taken = take();
+    await keepPictures(conversation, taken);
+    return taken;
+  });
+  if (!parts?.length) return;
+  const question = store.addNode(conversation, parentOf(), { role: "user", parts });
+  conversation.title ||= titleOf(parts);
+  await ask(conversation, question);
+}
+
+/** Does what comes before an answer, for each conversation one thing at a time. */
+async function prepare(conversation, work) {
+  if (sending.has(conversation.id)) return undefined;
+  sending.add(conversation.id);
+  drawButtons();
+  try {
+    return await work();
   } finally {
     sending.delete(conversation.id);
     drawButtons();
   }
-  if (!parts.length) return;
-  const question = store.addNode(conversation, parentOf(), { role: "user", parts });
-  conversation.title ||= titleOf(parts);
-  await ask(conversation, question);
+}
+
+/** Whether a conversation, as it is now in all tabs, can be answered. */
+async function isReady(conversation) {
+  const isThere = (await catchUp(conversation)) && (isListed(conversation) || !conversation.nodes.length);
+  return isThere && !isBusy(conversation);
 }
 
 async function submit() {
@@ -420,6 +505,7 @@ async function write(conversation, answer, path) {
       if (!(error instanceof ApiError || error instanceof PictureError)) console.error(error);
     }
   }
+  store.touch(answer);
   answer.seconds = (performance.now() - start) / 1000;
   state.running.delete(conversation.id);
   conversation.updated = Date.now();
@@ -446,7 +532,7 @@ function messageOf(error) {
 /** Another answer in the place of `node`. One that failed is replaced, others stay as versions. */
 async function retry(node) {
   const { conversation } = state;
-  if (state.running.has(conversation.id)) return;
+  if (!(await prepare(conversation, () => isReady(conversation)))) return;
   const question = conversation.nodes.find((it) => it.id === node.parent);
   if (node.status === "error" && store.textOf(node) === "") store.removeNode(conversation, node);
   await ask(conversation, question);
@@ -455,10 +541,13 @@ async function retry(node) {
 /** Goes on with an answer that was cut off. */
 async function goOn(node) {
   const { conversation } = state;
-  if (state.running.has(conversation.id)) return;
+  if (!(await prepare(conversation, () => isReady(conversation)))) return;
+  // Another tab may have gone on with it.
+  if (node.status !== "length") return draw();
   const path = untilNode(conversation, node);
   if (store.isSilent(node)) path.pop();
   node.status = "streaming";
+  store.touch(node);
   await write(conversation, node, path);
 }
 
@@ -471,7 +560,7 @@ function stop() {
 
 /** Turns a message into a field; sending it grows a branch. */
 function edit(node) {
-  if (state.running.has(state.conversation.id)) return;
+  if (isBusy(state.conversation)) return;
   const message = thread.elementOf(node);
   const field = element("div", {
     class: "editor",
@@ -703,28 +792,42 @@ const UNFINISHED = "idefics.unfinished";
 addEventListener("pagehide", () => {
   if (!state.running.size) return;
   const unfinished = [...state.running.values()].map(({ node }) => [node.id, store.textOf(node)]);
-  localStorage.setItem(UNFINISHED, JSON.stringify(unfinished));
+  localStorage.setItem(UNFINISHED, JSON.stringify([...leftBehind(), ...unfinished]));
 });
 
-/** Ends the answers that earlier pages were writing. */
+const leftBehind = () => JSON.parse(localStorage.getItem(UNFINISHED) ?? "[]");
+
+/** Ends the answers that pages were writing which are gone. */
 async function settle() {
-  const unfinished = new Map(JSON.parse(localStorage.getItem(UNFINISHED) ?? "[]"));
+  const unfinished = new Map(leftBehind());
+  localStorage.removeItem(UNFINISHED);
   for (const conversation of state.conversations) {
     const left = conversation.nodes.filter((node) => node.status === "streaming" && unfinished.has(node.id));
     for (const node of left) {
       node.status = "stopped";
       node.parts = [{ type: "text", text: unfinished.get(node.id) }];
+      store.touch(node);
     }
     if (left.length) await kept(store.saveConversation(conversation));
   }
-  localStorage.removeItem(UNFINISHED);
-  // Of a page that crashed there is what it kept last.
-  for (const { nodes } of state.conversations) for (const node of nodes) if (node.status === "streaming") node.status = "stopped";
 }
+
+addEventListener(
+  "storage",
+  guarded(async ({ key, newValue }) => {
+    // Another tab went away while it was writing an answer.
+    if (key !== UNFINISHED || !newValue) return;
+    await settle();
+    draw();
+  }),
+);
 
 const begin = guarded(async () => {
   state.conversations = (await kept(store.allConversations())) ?? [];
   await settle();
+  // Of a page that crashed there is what it kept last. One that is still there says so, and then its answer goes on.
+  for (const { nodes } of state.conversations) for (const node of nodes) if (node.status === "streaming") node.status = "stopped";
+  store.tell("hello");
   draw();
 });
 
