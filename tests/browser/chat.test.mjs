@@ -663,6 +663,38 @@ chatTest("without the browser's storage the chat still works, and says so", asyn
   assert.equal(server.requests.at(-1).messages[0].content[0].type, "image_url");
 });
 
+chatTest(
+  "where the browser blocks what pages keep, the chat works until it is closed",
+  async (page, server) => {
+    await page.addInitScript(() => {
+      const refuse = () => {
+        throw new DOMException("Access is denied for this document.", "SecurityError");
+      };
+      for (const name of ["localStorage", "sessionStorage", "indexedDB"]) Object.defineProperty(window, name, { get: refuse });
+      window.BroadcastChannel = function BroadcastChannel() {
+        refuse();
+      };
+    });
+    await page.reload();
+    await page.click("#notice >> text=Enter the key");
+    await page.keyboard.type("secret");
+    await page.locator("#field-max-tokens").fill("7");
+    await page.selectOption("#field-theme", "dark");
+    await page.click("#settings >> text=Done");
+    await page.waitForSelector("#model-name >> text=idefics-9b-instruct");
+    await say(page, "hi");
+    assert.match(await lastAnswer(page), /“hi” in turn 1/);
+    assert.equal(server.requests[0].max_tokens, 7);
+    await page.click("#open-settings");
+    assert.equal(await page.inputValue("#field-key"), "secret");
+    assert.equal(await page.evaluate(() => document.documentElement.dataset.theme), "dark");
+    await page.locator("#field-key").fill("");
+    await page.click("#settings >> text=Done");
+    await page.waitForSelector("#notice >> text=wants an API key");
+  },
+  { server: { key: "secret" } },
+);
+
 chatTest("text is never markup, and keeps its lines", async (page) => {
   await page.click("#composer");
   await page.keyboard.type("say: <img src=x onerror=alert(1)>");

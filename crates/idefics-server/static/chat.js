@@ -792,15 +792,15 @@ const UNFINISHED = "idefics.unfinished";
 addEventListener("pagehide", () => {
   if (!state.running.size) return;
   const unfinished = [...state.running.values()].map(({ node }) => [node.id, store.textOf(node)]);
-  localStorage.setItem(UNFINISHED, JSON.stringify([...leftBehind(), ...unfinished]));
+  store.local.set(UNFINISHED, JSON.stringify([...leftBehind(), ...unfinished]));
 });
 
-const leftBehind = () => JSON.parse(localStorage.getItem(UNFINISHED) ?? "[]");
+const leftBehind = () => JSON.parse(store.local.get(UNFINISHED) ?? "[]");
 
 /** Ends the answers that pages were writing which are gone. */
 async function settle() {
   const unfinished = new Map(leftBehind());
-  localStorage.removeItem(UNFINISHED);
+  store.local.remove(UNFINISHED);
   for (const conversation of state.conversations) {
     const left = conversation.nodes.filter((node) => node.status === "streaming" && unfinished.has(node.id));
     for (const node of left) {

@@ -92,6 +92,30 @@ export async function picturesOf(conversation) {
   return done(index.getAll(conversation));
 }
 
+// ---------------------------------------------------------------- small things
+
+/** Words that the browser keeps by name. Some refuse that, even to be asked for it; then the page remembers them. */
+function words(open) {
+  const memory = new Map();
+  const attempt = (work, otherwise) => {
+    try {
+      return work(open());
+    } catch {
+      return otherwise();
+    }
+  };
+  return {
+    get: (key) => attempt((it) => it.getItem(key), () => null) ?? memory.get(key) ?? null,
+    set: (key, text) => attempt((it) => it.setItem(key, text), () => memory.set(key, text)),
+    remove: (key) => attempt((it) => it.removeItem(key), () => memory.delete(key)),
+  };
+}
+
+/** For as long as the browser keeps it. */
+export const local = words(() => localStorage);
+/** For as long as the tab lives. */
+export const session = words(() => sessionStorage);
+
 // ---------------------------------------------------------------- other tabs
 
 const channel = openChannel();
