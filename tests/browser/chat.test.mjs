@@ -436,7 +436,23 @@ chatTest("answers that were cut off go on", async (page, server) => {
   await page.click("text=Go on");
   await page.waitForFunction(() => !document.querySelector(".from-model .remark"));
   assert.equal(await lastAnswer(page), `${before} and the rest.`);
-  assert.equal(server.requests[1].messages.at(-1).role, "assistant");
+  assert.deepEqual(server.requests[1].messages.at(-1), { role: "assistant", content: before });
+  // The cut may be within a word: nothing comes between the parts, and nothing of them is lost.
+  await page.click("#new");
+  await say(page, "cut within a word, say: mid");
+  await page.click("text=Go on");
+  await page.waitForFunction(() => !document.querySelector(".from-model .remark"));
+  assert.equal(await page.locator(".from-model .text").textContent(), "middle  ends. ");
+  await say(page, "next");
+  assert.match(await lastAnswer(page), /in turn 2/);
+  assert.equal(server.requests.at(-1).messages[1].content, "middle  ends. ");
+  // Without a word there is nothing to go on with: it is asked again.
+  await page.click("#new");
+  await say(page, "cut empty");
+  const asked = server.requests.length;
+  await page.click("text=Go on");
+  while (server.requests.length === asked) await page.waitForTimeout(20);
+  assert.deepEqual(server.requests.at(-1).messages.map((message) => message.role), ["user"]);
   await page.click("#new");
   await say(page, "empty");
   await page.waitForSelector("text=had nothing to say");

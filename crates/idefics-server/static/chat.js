@@ -717,7 +717,7 @@ async function importFile(file) {
 
 // ---------------------------------------------------------------- the frame
 
-const settingsDialog = new SettingsDialog($("settings"), settings, () => {});
+const settingsDialog = new SettingsDialog($("settings"), settings);
 let keyBefore = "";
 
 function openSettings(field) {

@@ -35,10 +35,9 @@ export function requestFields(settings) {
 
 /** The dialog of settings. Changes hold at once. */
 export class SettingsDialog {
-  constructor(dialog, settings, onChange) {
+  constructor(dialog, settings) {
     this.dialog = dialog;
     this.settings = settings;
-    this.onChange = onChange;
     this.form = dialog.querySelector("form");
     this.form.addEventListener("input", () => this.#read());
     dialog.querySelector("[data-reset]").addEventListener("click", () => {
@@ -86,6 +85,5 @@ export class SettingsDialog {
   #keep() {
     local.set(KEY, JSON.stringify(this.settings));
     applyTheme(this.settings.theme);
-    this.onChange();
   }
 }
