@@ -427,6 +427,11 @@ chatTest("a message without an answer is no part of what follows", async (page, 
   const path = join(folder("file"), "answered.jsonl");
   await (await download).saveAs(path);
   assert.deepEqual(readFileSync(path, "utf8").trim().split("\n").map((line) => JSON.parse(line).content[0].text), ["first", messages[1].content]);
+  await page.click("#new");
+  await say(page, "busy?");
+  await page.waitForSelector(".failure");
+  await page.click("#export");
+  await page.waitForSelector("#notice >> text=no message has an answer");
 });
 
 chatTest("answers that were cut off go on", async (page, server) => {
@@ -441,7 +446,7 @@ chatTest("answers that were cut off go on", async (page, server) => {
   await page.click("#new");
   await say(page, "cut within a word, say: mid");
   await page.click("text=Go on");
-  await page.waitForFunction(() => !document.querySelector(".from-model .remark"));
+  await lastAnswer(page);
   assert.equal(await page.locator(".from-model .text").textContent(), "middle  ends. ");
   await say(page, "next");
   assert.match(await lastAnswer(page), /in turn 2/);
@@ -592,6 +597,22 @@ chatTest("a message that waits for its pictures is sent once", async (page, serv
   assert.equal(await page.locator(".from-user .version").innerText(), "2 / 2");
   assert.equal(server.requests.length, 2);
   assert.deepEqual(kinds(server.requests[1]), ["Is", "image/jpeg", "and", "image/png;"]);
+});
+
+chatTest("a message does not leave without a picture that cannot be read", async (page, server) => {
+  await readSlowly(page);
+  const path = join(folder("pictures"), "words.png");
+  writeFileSync(path, "no picture");
+  await page.click("#composer");
+  await page.keyboard.type("Is this old?");
+  await transfer(page, "paste", "#composer", [path]);
+  await page.keyboard.press("Enter");
+  await page.waitForSelector("#notice >> text=words.png");
+  await page.waitForSelector("#send:not([aria-busy=true])");
+  assert.equal(server.requests.length, 0);
+  assert.equal(await composed(page), "Is this old?");
+  await page.keyboard.press("Enter");
+  assert.match(await lastAnswer(page), /“Is this old\?” in turn 1/);
 });
 
 chatTest("huge and turned pictures are drawn anew, and what is no picture is refused", async (page, server) => {

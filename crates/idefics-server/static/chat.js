@@ -322,12 +322,12 @@ function titleOf(parts) {
 
 // ---------------------------------------------------------------- writing a message
 
-/** Files that are being read: a message does not leave without its pictures. */
+/** Files that are being read, and whether they could be: a message does not leave without its pictures. */
 const reading = new Set();
 
 async function addFiles(target, files) {
   const work = Promise.all(files.map((file) => addFile(target, file)));
-  const settled = work.catch(() => {}).finally(() => reading.delete(settled));
+  const settled = work.then(() => true, () => false).finally(() => reading.delete(settled));
   reading.add(settled);
   await work;
 }
@@ -380,7 +380,9 @@ async function send(conversation, take, parentOf) {
   const parts = await prepare(conversation, async () => {
     if (reading.size) {
       announce("The message waits for its pictures");
-      await Promise.all(reading);
+      const areRead = await Promise.all(reading);
+      // Why is shown. Whether to send the rest is for the writer to say.
+      if (areRead.includes(false)) return [];
     }
     if (!(await isReady(conversation))) return [];
     const taken = take();
