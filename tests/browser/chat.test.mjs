@@ -372,6 +372,20 @@ chatTest("an answer that the page left behind is kept as far as it came", async 
   assert.match(await page.locator(".from-model .text").innerText(), /word1 word2 word3/);
 });
 
+chatTest("nobody waits for the answer of a page that crashed", async (page) => {
+  // A page that crashes says nothing of what it had.
+  await page.evaluate(() => (Storage.prototype.setItem = () => {}));
+  await say(page, "slow please");
+  await page.waitForFunction(() => /word5/.test(document.querySelector(".from-model .text")?.textContent));
+  await page.reload();
+  await page.click(".open:has-text('slow please')");
+  await page.waitForSelector("text=Stopped.");
+  await page.keyboard.type("next");
+  assert.ok(await page.isHidden("#waiting"));
+  await page.keyboard.press("Enter");
+  assert.match(await lastAnswer(page), /“next” in turn 1/);
+});
+
 chatTest("failures are told where they happen, and can be tried again", async (page, server) => {
   await say(page, "busy?");
   await page.waitForSelector(".failure");
