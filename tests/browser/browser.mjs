@@ -103,7 +103,10 @@ export async function say(page, text) {
 
 /** Waits until nothing is being written, and gives the text of the last answer. */
 export async function lastAnswer(page) {
-  await page.waitForFunction(() => document.querySelector(".from-model") && document.querySelector("#stop").hidden);
+  await page.waitForFunction(() => {
+    const isQuiet = document.querySelector("#stop").hidden && document.querySelector("#send").ariaBusy !== "true";
+    return isQuiet && document.querySelector(".from-model");
+  });
   return page.locator(".from-model").last().locator(".text").innerText();
 }
 

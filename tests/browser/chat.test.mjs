@@ -215,6 +215,154 @@ chatTest("conversations are kept, renamed and deleted", async (page, server) => 
   assert.equal(left, 0, "its pictures are gone too");
 });
 
+const messages = (page, count) => page.waitForFunction((count) => document.querySelectorAll(".message").length === count, count);
+
+/** The same chat in another tab, with the latest conversation open. */
+async function openTab({ url }, { context, problems }) {
+  const tab = await context.newPage();
+  tab.setDefaultTimeout(60_000);
+  tab.on("pageerror", (error) => problems.push(`error in a tab: ${error.message}`));
+  await tab.goto(url);
+  await tab.click(".open");
+  await tab.waitForSelector(".message");
+  return tab;
+}
+
+chatTest("tabs follow each other", async (page, server, opened) => {
+  await say(page, "first");
+  await lastAnswer(page);
+  const tab = await openTab(server, opened);
+  await pick(page, "444.jpg");
+  await pictures(page, 1);
+  await say(page, "second");
+  await messages(tab, 4);
+  await tab.waitForFunction(() => document.querySelector(".picture img")?.naturalWidth === 33);
+  await say(tab, "third");
+  assert.match(await lastAnswer(tab), /in turn 3/);
+  await messages(page, 6);
+  await page.hover("li.is-current");
+  await page.click("li.is-current [aria-label^=Rename]");
+  await page.keyboard.type("Ours");
+  await page.keyboard.press("Enter");
+  await tab.waitForSelector("#title >> text=Ours");
+  // An answer of one is waited for in the other, also in one that is opened meanwhile.
+  await say(page, "slow please");
+  const late = await openTab(server, opened);
+  for (const other of [tab, late]) {
+    await other.waitForSelector("#waiting >> text=Being answered in another tab");
+    await other.click("#composer");
+    await other.keyboard.type("early");
+    await other.keyboard.press("Enter");
+    assert.ok(await other.isDisabled("#send"));
+  }
+  await screenshot(tab, "desktop another tab");
+  await page.waitForFunction(() => /word5/.test([...document.querySelectorAll(".from-model .text")].at(-1).textContent));
+  assert.equal(server.requests.length, 4);
+  await page.close();
+  for (const other of [tab, late]) {
+    await other.waitForSelector("text=Stopped.");
+    assert.match(await other.locator(".from-model .text").last().innerText(), /word1 word2 word3/);
+    assert.ok(await other.isEnabled("#send"));
+  }
+  // What is half written outlives the conversation that it was for.
+  await tab.hover("li.is-current");
+  await tab.click("li.is-current [aria-label^=Delete]");
+  await tab.click("#confirm button[value=delete]");
+  await late.waitForSelector("#notice >> text=deleted in another tab");
+  assert.equal(await composed(late), "early");
+  assert.equal(await late.locator(".open").count(), 0);
+  await late.click("#composer");
+  await late.keyboard.press("Enter");
+  assert.match(await lastAnswer(late), /“early” in turn 1/);
+});
+
+chatTest("tabs that hear nothing of each other overwrite nothing", async (page, server, opened) => {
+  await opened.context.addInitScript(() => delete globalThis.BroadcastChannel);
+  await page.reload();
+  await say(page, "first");
+  await lastAnswer(page);
+  const tab = await openTab(server, opened);
+  await say(page, "second");
+  await lastAnswer(page);
+  await messages(tab, 2);
+  await say(tab, "third");
+  await messages(tab, 6);
+  assert.match(await lastAnswer(tab), /in turn 3/);
+  await page.hover("li.is-current");
+  await page.click("li.is-current [aria-label^=Rename]");
+  await page.keyboard.type("Ours");
+  await page.keyboard.press("Enter");
+  await page.waitForSelector("#title >> text=Ours");
+  await tab.locator(".from-model").last().getByLabel("Answer again").click();
+  await tab.waitForSelector(".version >> text=2 / 2");
+  await lastAnswer(tab);
+  await tab.reload();
+  await tab.click(".open:has-text('Ours')");
+  await messages(tab, 6);
+  // What was deleted elsewhere does not come back.
+  await tab.hover("li.is-current");
+  await tab.click("li.is-current [aria-label^=Delete]");
+  await tab.click("#confirm button[value=delete]");
+  await tab.waitForSelector("#conversations >> text=No conversations yet.");
+  await say(page, "fourth");
+  await page.waitForSelector("#notice >> text=deleted in another tab");
+  assert.equal(await composed(page), "fourth");
+  await tab.reload();
+  await tab.waitForSelector("#conversations >> text=No conversations yet.");
+});
+
+chatTest("every conversation has its own half-written message", async (page, server) => {
+  await say(page, "first");
+  await lastAnswer(page);
+  await page.keyboard.type("half of ");
+  await transfer(page, "paste", "#composer", ["444.jpg"]);
+  await pictures(page, 1);
+  await page.click("#new");
+  assert.equal(await composed(page), "");
+  await page.keyboard.type("not begun");
+  await page.click(".open:has-text('first')");
+  await page.waitForSelector(".message");
+  assert.equal(await composed(page), "half of @");
+  await page.waitForFunction(() => document.querySelector(".island img").naturalWidth === 33);
+  await page.click("#new");
+  assert.equal(await composed(page), "not begun");
+  await page.keyboard.press("Enter");
+  await lastAnswer(page);
+  assert.deepEqual(kinds(server.requests.at(-1)), ["not begun"]);
+  // One that waits for its pictures is sent to where it was written.
+  await readSlowly(page);
+  await page.click(".open:has-text('first')");
+  await page.waitForFunction(() => document.querySelector("#title").textContent === "first");
+  await transfer(page, "paste", "#composer", ["rgb.png"]);
+  await page.keyboard.press("Enter");
+  await page.click("#new");
+  await page.keyboard.type("mine");
+  while (server.requests.length < 3) await page.waitForTimeout(20);
+  await page.click(".open:has-text('first')");
+  await page.waitForSelector(".message >> nth=3");
+  assert.match(await lastAnswer(page), /in turn 2/);
+  assert.equal(await composed(page), "");
+  assert.deepEqual(kinds(server.requests.at(-1)).slice(0, 2), ["half of", "image/jpeg"]);
+  assert.equal(server.requests.at(-1).messages.at(-1).content.length, 3);
+  await page.click("#new");
+  assert.equal(await composed(page), "mine");
+});
+
+chatTest("a conversation that is deleted while it is answered stays deleted", async (page, server) => {
+  await say(page, "slow please");
+  await page.waitForFunction(() => /word3/.test(document.querySelector(".from-model .text")?.textContent));
+  await page.hover("li.is-current");
+  await page.click("li.is-current [aria-label^=Delete]");
+  await page.click("#confirm button[value=delete]");
+  await page.waitForSelector("#conversations >> text=No conversations yet.");
+  await page.waitForTimeout(300);
+  assert.equal(server.open, 0, "nobody waits for its answer");
+  assert.equal(await page.locator(".open").count(), 0);
+  await page.reload();
+  await page.waitForSelector("#conversations >> text=No conversations yet.");
+  assert.ok(await page.isVisible("#send"));
+});
+
 chatTest("an answer that the page left behind is kept as far as it came", async (page) => {
   await say(page, "slow please");
   await page.waitForFunction(() => /word5/.test(document.querySelector(".from-model .text")?.textContent));
@@ -222,6 +370,20 @@ chatTest("an answer that the page left behind is kept as far as it came", async 
   await page.click(".open:has-text('slow please')");
   await page.waitForSelector("text=Stopped.");
   assert.match(await page.locator(".from-model .text").innerText(), /word1 word2 word3/);
+});
+
+chatTest("nobody waits for the answer of a page that crashed", async (page) => {
+  // A page that crashes says nothing of what it had.
+  await page.evaluate(() => (Storage.prototype.setItem = () => {}));
+  await say(page, "slow please");
+  await page.waitForFunction(() => /word5/.test(document.querySelector(".from-model .text")?.textContent));
+  await page.reload();
+  await page.click(".open:has-text('slow please')");
+  await page.waitForSelector("text=Stopped.");
+  await page.keyboard.type("next");
+  assert.ok(await page.isHidden("#waiting"));
+  await page.keyboard.press("Enter");
+  assert.match(await lastAnswer(page), /“next” in turn 1/);
 });
 
 chatTest("failures are told where they happen, and can be tried again", async (page, server) => {
@@ -252,6 +414,40 @@ chatTest("failures are told where they happen, and can be tried again", async (p
   await page.waitForSelector(".failure >> text=cannot be reached");
 });
 
+chatTest("a message without an answer is no part of what follows", async (page, server) => {
+  await say(page, "first");
+  await lastAnswer(page);
+  for (const words of ["busy?", "empty"]) {
+    await say(page, words);
+    await page.waitForSelector(words === "busy?" ? ".failure" : "text=had nothing to say");
+  }
+  await say(page, "never");
+  await page.click("#stop");
+  await page.waitForSelector("text=Stopped.");
+  await say(page, "second");
+  assert.match(await lastAnswer(page), /“second” in turn 2/);
+  const { messages } = server.requests.at(-1);
+  assert.deepEqual(messages.map((message) => message.role), ["user", "assistant", "user"]);
+  assert.ok(messages[1].content.startsWith("I see “first”"), messages[1].content);
+  // What got no answer is a version of what was asked in its stead.
+  const last = page.locator(".from-user").last();
+  assert.equal(await last.locator(".version").innerText(), "4 / 4");
+  await screenshot(page, "desktop after a failure");
+  for (let step = 0; step < 3; step += 1) await page.locator(".from-user").last().getByLabel("Earlier version").click();
+  assert.match(await last.innerText(), /^busy/);
+  assert.ok(await page.isVisible(".failure"));
+  const download = page.waitForEvent("download");
+  await page.click("#export");
+  const path = join(folder("file"), "answered.jsonl");
+  await (await download).saveAs(path);
+  assert.deepEqual(readFileSync(path, "utf8").trim().split("\n").map((line) => JSON.parse(line).content[0].text), ["first", messages[1].content]);
+  await page.click("#new");
+  await say(page, "busy?");
+  await page.waitForSelector(".failure");
+  await page.click("#export");
+  await page.waitForSelector("#notice >> text=no message has an answer");
+});
+
 chatTest("answers that were cut off go on", async (page, server) => {
   await say(page, "cut this");
   await page.waitForSelector("text=Cut off at the longest length.");
@@ -259,7 +455,23 @@ chatTest("answers that were cut off go on", async (page, server) => {
   await page.click("text=Go on");
   await page.waitForFunction(() => !document.querySelector(".from-model .remark"));
   assert.equal(await lastAnswer(page), `${before} and the rest.`);
-  assert.equal(server.requests[1].messages.at(-1).role, "assistant");
+  assert.deepEqual(server.requests[1].messages.at(-1), { role: "assistant", content: before });
+  // The cut may be within a word: nothing comes between the parts, and nothing of them is lost.
+  await page.click("#new");
+  await say(page, "cut within a word, say: mid");
+  await page.click("text=Go on");
+  await lastAnswer(page);
+  assert.equal(await page.locator(".from-model .text").textContent(), "middle  ends. ");
+  await say(page, "next");
+  assert.match(await lastAnswer(page), /in turn 2/);
+  assert.equal(server.requests.at(-1).messages[1].content, "middle  ends. ");
+  // Without a word there is nothing to go on with: it is asked again.
+  await page.click("#new");
+  await say(page, "cut empty");
+  const asked = server.requests.length;
+  await page.click("text=Go on");
+  while (server.requests.length === asked) await page.waitForTimeout(20);
+  assert.deepEqual(server.requests.at(-1).messages.map((message) => message.role), ["user"]);
   await page.click("#new");
   await say(page, "empty");
   await page.waitForSelector("text=had nothing to say");
@@ -352,14 +564,18 @@ chatTest("conversations go into files and come back", async (page, server) => {
   await page.waitForSelector("#notice >> text=Line 1: expected a message of the user");
 });
 
-chatTest("typing goes on while pictures are read, and the message waits for them", async (page, server) => {
-  await page.evaluate(() => {
+/** Lets pictures take their time to be read. */
+const readSlowly = (page) =>
+  page.evaluate(() => {
     const read = createImageBitmap;
     window.createImageBitmap = async (...values) => {
       await new Promise((resolve) => setTimeout(resolve, 500));
       return read(...values);
     };
   });
+
+chatTest("typing goes on while pictures are read, and the message waits for them", async (page, server) => {
+  await readSlowly(page);
   await page.click("#composer");
   await page.keyboard.type("Is ");
   await transfer(page, "paste", "#composer", ["444.jpg"]);
@@ -367,6 +583,50 @@ chatTest("typing goes on while pictures are read, and the message waits for them
   await page.keyboard.press("Enter");
   await lastAnswer(page);
   assert.deepEqual(kinds(server.requests[0]), ["Is", "image/jpeg", "old?"]);
+});
+
+chatTest("a message that waits for its pictures is sent once", async (page, server) => {
+  await readSlowly(page);
+  await page.click("#composer");
+  await page.keyboard.type("Is ");
+  await transfer(page, "paste", "#composer", ["444.jpg"]);
+  await page.keyboard.press("Enter");
+  await page.keyboard.press("Enter");
+  await page.waitForSelector("#waiting:visible");
+  assert.ok(await page.isDisabled("#send"));
+  await screenshot(page, "desktop waiting");
+  await lastAnswer(page);
+  assert.ok(await page.isHidden("#waiting"));
+  assert.equal(await page.locator(".message").count(), 2);
+  assert.equal(await page.locator(".version").count(), 0);
+  await page.locator(".from-user").getByLabel("Edit").click();
+  await page.keyboard.type(" and ");
+  await transfer(page, "paste", ".editing .editor", ["rgb.png"]);
+  await page.keyboard.press("Enter");
+  await page.keyboard.press("Enter");
+  await page.waitForSelector(".editing-tools >> text=Waiting for the pictures");
+  await screenshot(page, "desktop editing waits");
+  await page.waitForSelector(".editing", { state: "detached" });
+  await lastAnswer(page);
+  assert.equal(await page.locator(".from-user .version").innerText(), "2 / 2");
+  assert.equal(server.requests.length, 2);
+  assert.deepEqual(kinds(server.requests[1]), ["Is", "image/jpeg", "and", "image/png;"]);
+});
+
+chatTest("a message does not leave without a picture that cannot be read", async (page, server) => {
+  await readSlowly(page);
+  const path = join(folder("pictures"), "words.png");
+  writeFileSync(path, "no picture");
+  await page.click("#composer");
+  await page.keyboard.type("Is this old?");
+  await transfer(page, "paste", "#composer", [path]);
+  await page.keyboard.press("Enter");
+  await page.waitForSelector("#notice >> text=words.png");
+  await page.waitForSelector("#send:not([aria-busy=true])");
+  assert.equal(server.requests.length, 0);
+  assert.equal(await composed(page), "Is this old?");
+  await page.keyboard.press("Enter");
+  assert.match(await lastAnswer(page), /“Is this old\?” in turn 1/);
 });
 
 chatTest("huge and turned pictures are drawn anew, and what is no picture is refused", async (page, server) => {
@@ -453,6 +713,38 @@ chatTest("without the browser's storage the chat still works, and says so", asyn
   await page.waitForFunction(() => /in turn 2/.test(document.querySelector(".message:last-child")?.textContent));
   assert.equal(server.requests.at(-1).messages[0].content[0].type, "image_url");
 });
+
+chatTest(
+  "where the browser blocks what pages keep, the chat works until it is closed",
+  async (page, server) => {
+    await page.addInitScript(() => {
+      const refuse = () => {
+        throw new DOMException("Access is denied for this document.", "SecurityError");
+      };
+      for (const name of ["localStorage", "sessionStorage", "indexedDB"]) Object.defineProperty(window, name, { get: refuse });
+      window.BroadcastChannel = function BroadcastChannel() {
+        refuse();
+      };
+    });
+    await page.reload();
+    await page.click("#notice >> text=Enter the key");
+    await page.keyboard.type("secret");
+    await page.locator("#field-max-tokens").fill("7");
+    await page.selectOption("#field-theme", "dark");
+    await page.click("#settings >> text=Done");
+    await page.waitForSelector("#model-name >> text=idefics-9b-instruct");
+    await say(page, "hi");
+    assert.match(await lastAnswer(page), /“hi” in turn 1/);
+    assert.equal(server.requests[0].max_tokens, 7);
+    await page.click("#open-settings");
+    assert.equal(await page.inputValue("#field-key"), "secret");
+    assert.equal(await page.evaluate(() => document.documentElement.dataset.theme), "dark");
+    await page.locator("#field-key").fill("");
+    await page.click("#settings >> text=Done");
+    await page.waitForSelector("#notice >> text=wants an API key");
+  },
+  { server: { key: "secret" } },
+);
 
 chatTest("text is never markup, and keeps its lines", async (page) => {
   await page.click("#composer");

@@ -74,6 +74,8 @@ async function chat(request, response, state) {
   const send = (more) => response.write(`data: ${JSON.stringify({ ...base, ...more })}\n\n`);
   const delta = (delta, finish_reason = null) => send({ choices: [{ index: 0, delta, finish_reason }], usage: null });
   delta({ role: "assistant", content: "" });
+  // Nothing comes until the client leaves.
+  if (/never/.test(words)) return;
   const pieces = answerTo(body, last, words);
   let sent = 0;
   for (const piece of pieces) {
@@ -104,6 +106,7 @@ function answerTo(body, last, words) {
   const split = (text) => text.match(/\s*\S+/g);
   if (/slow/.test(words)) return Array.from({ length: 200 }, (_, index) => ` word${index + 1}`);
   if (/empty/.test(words)) return [];
+  if (body.messages.at(-1).role === "assistant" && /word/.test(words)) return ["dle", "  ends. "];
   if (body.messages.at(-1).role === "assistant") return [" and", " the", " rest."];
   if (/say: /.test(words)) return split(` ${words.split("say: ")[1]}`);
   const seen = last.content.map((part) => (part.type === "text" ? `“${part.text}”` : `[${part.image_url.url.slice(5, 15)}]`));

@@ -4,7 +4,7 @@
 // for words and pictures, thread.js shows messages, and this file joins them.
 
 import { ApiError, apiKey, describeModel, streamChat } from "./chat/api.js";
-import { Composer } from "./chat/composer.js";
+import { Composer, partsOf } from "./chat/composer.js";
 import { element, iconButton } from "./chat/elements.js";
 import { PictureError, readPicture, toDataUri } from "./chat/pictures.js";
 import { applyTheme, loadSettings, requestFields, SettingsDialog } from "./chat/settings.js";
@@ -137,35 +137,122 @@ async function kept(work) {
 }
 
 function drawList() {
-  sidebar.show(state.conversations, state.conversation.id, state.running);
+  sidebar.show(state.conversations, state.conversation.id, isBusy);
 }
 
 async function keep(conversation = state.conversation) {
-  await kept(store.saveConversation(conversation));
+  // In the list first: one that is deleted while it is saved does not come back into it.
   const others = state.conversations.filter((it) => it.id !== conversation.id);
   state.conversations = [conversation, ...others].sort((a, b) => b.updated - a.updated);
   drawList();
+  if ((await kept(store.saveConversation(conversation))) === false) forget(conversation.id);
+}
+
+/**
+ * Takes over what other tabs did to a conversation. False if one of them deleted it.
+ * @param {boolean} [isTold]  whether a tab has just said so: then an answer that is being written is one
+ */
+async function catchUp(conversation, isTold = false) {
+  const { id } = conversation;
+  const saved = await kept(store.savedConversation(id));
+  if (saved === null && store.wasSaved(id)) {
+    forget(id);
+    return false;
+  }
+  for (const picture of (await kept(store.picturesOf(id))) ?? []) state.pictures.set(picture.id, picture);
+  // While an answer is written here, this is the latest.
+  if (!saved || state.running.has(id)) return true;
+  // Of a tab that crashed nobody says that it writes.
+  const statusOf = (node) => conversation.nodes.find((it) => it.id === node.id)?.status ?? "stopped";
+  if (!isTold) for (const node of saved.nodes) if (node.status === "streaming") node.status = statusOf(node);
+  store.join(conversation, saved, true);
+  return true;
+}
+
+/** Lets go of a conversation that another tab deleted. */
+function forget(id) {
+  state.conversations = state.conversations.filter((it) => it.id !== id);
+  state.running.get(id)?.controller.abort();
+  if (state.conversation.id !== id) {
+    drafts.delete(id);
+    drawList();
+    return;
+  }
+  showNotice("This conversation was deleted in another tab.");
+  // What is half written stays where it is.
+  if (composer.editor.childNodes.length) unbegun = state.conversation = store.newConversation();
+  else turnTo(unbegunConversation());
+  draw();
+}
+
+/** Another tab saved a conversation. */
+async function follow(id) {
+  const isNew = !state.conversations.some((it) => it.id === id);
+  const saved = isNew && (await kept(store.savedConversation(id)));
+  if (saved && !isListed(saved)) state.conversations.push(saved);
+  const conversation = state.conversations.find((it) => it.id === id);
+  if (!conversation || !(await catchUp(conversation, true))) return;
+  state.conversations.sort((a, b) => b.updated - a.updated);
+  // A message that is being edited is not taken away.
+  if (!isShown(conversation) || $("messages").querySelector(".editing")) return drawList();
+  draw();
+  followEnd();
+}
+
+store.listen(
+  guarded(async ({ kind, id }) => {
+    if (kind === "saved") await follow(id);
+    else if (kind === "deleted") forget(id);
+    // A new tab takes answers that are being written for left behind until it is told.
+    else for (const running of state.running.keys()) store.tell("saved", running);
+  }),
+);
+
+/** Whether a conversation is being answered, here or in another tab. */
+const isBusy = (conversation) =>
+  state.running.has(conversation.id) || conversation.nodes.some((node) => node.status === "streaming");
+
+const isShown = (conversation) => conversation.id === state.conversation.id;
+
+const isListed = (conversation) => state.conversations.some((it) => it.id === conversation.id);
+
+/** Half-written messages of the conversations that are not shown, by their ids. */
+const drafts = new Map();
+
+/** The conversation that has not begun. What was written for it waits there, too. */
+let unbegun = state.conversation;
+
+function unbegunConversation() {
+  if (unbegun.nodes.length) unbegun = store.newConversation();
+  return unbegun;
+}
+
+/** Turns to another conversation; each has its own half-written message. */
+function turnTo(conversation) {
+  if (isShown(conversation)) return;
+  drafts.set(state.conversation.id, composer.take());
+  state.conversation = conversation;
+  composer.put(drafts.get(conversation.id));
+  drafts.delete(conversation.id);
 }
 
 async function openConversation(id) {
   const running = state.running.get(id);
   const found = running?.conversation ?? state.conversations.find((it) => it.id === id);
   if (!found) return;
-  state.conversation = found;
-  for (const picture of (await kept(store.picturesOf(id))) ?? []) state.pictures.set(picture.id, picture);
-  composer.clear();
+  turnTo(found);
+  if (!(await catchUp(found)) || !isShown(found)) return;
   draw();
   closeSidebar();
   scrollToEnd();
-  composer.editor.focus({ preventScroll: true });
+  composer.focusAtEnd({ preventScroll: true });
 }
 
 function startConversation() {
-  state.conversation = store.newConversation();
-  composer.clear();
+  turnTo(unbegunConversation());
   draw();
   closeSidebar();
-  composer.editor.focus();
+  composer.focusAtEnd();
 }
 
 function draw() {
@@ -183,24 +270,33 @@ function drawButtons() {
   const isRunning = state.running.has(state.conversation.id);
   $("send").hidden = isRunning;
   $("stop").hidden = !isRunning;
-  $("send").disabled = composer.isEmpty();
+  $("send").disabled = composer.isEmpty() || sending.has(state.conversation.id) || isBusy(state.conversation);
+  $("send").setAttribute("aria-busy", sending.has(state.conversation.id));
+  const isElsewhere = !isRunning && isBusy(state.conversation);
+  const waits = isWaiting(state.conversation) ? "Waiting for the pictures…" : isElsewhere ? "Being answered in another tab…" : "";
+  $("hint").hidden = waits !== "";
+  $("waiting").hidden = waits === "";
+  $("waiting").textContent = waits;
 }
 
 const sidebar = new Sidebar($("conversations"), {
   onOpen: guarded(openConversation),
   onRename: guarded(async (conversation, title) => {
-    conversation.title = title;
-    if (conversation.id === state.conversation.id) $("title").textContent = title;
+    // The latest name counts, in whichever tab it was given.
+    if (title !== conversation.title) Object.assign(conversation, { title, renamed: Date.now() });
+    if (isShown(conversation)) $("title").textContent = title;
     await keep(conversation);
   }),
   onDelete: guarded(async (conversation) => {
     if (!(await confirmDelete(conversation))) return;
-    state.running.get(conversation.id)?.controller.abort();
-    await kept(store.deleteConversation(conversation.id));
+    // Out of the list first: an answer that ends keeps its conversation if that is in it.
     state.conversations = state.conversations.filter((it) => it.id !== conversation.id);
-    announce("Conversation deleted");
-    if (conversation.id === state.conversation.id) startConversation();
+    state.running.get(conversation.id)?.controller.abort();
+    if (isShown(conversation)) startConversation();
     else drawList();
+    drafts.delete(conversation.id);
+    await kept(store.deleteConversation(conversation.id));
+    announce("Conversation deleted");
   }),
 });
 
@@ -226,12 +322,12 @@ function titleOf(parts) {
 
 // ---------------------------------------------------------------- writing a message
 
-/** Files that are being read: a message does not leave without its pictures. */
+/** Files that are being read, and whether they could be: a message does not leave without its pictures. */
 const reading = new Set();
 
 async function addFiles(target, files) {
   const work = Promise.all(files.map((file) => addFile(target, file)));
-  const settled = work.catch(() => {}).finally(() => reading.delete(settled));
+  const settled = work.then(() => true, () => false).finally(() => reading.delete(settled));
   reading.add(settled);
   await work;
 }
@@ -252,11 +348,11 @@ async function addFile(target, file) {
 }
 
 /** Pictures are kept with the conversation once they are part of it. */
-async function keepPictures(parts) {
+async function keepPictures(conversation, parts) {
   for (const part of parts) {
     const picture = part.type === "image" && state.pictures.get(part.id);
-    if (picture && picture.conversation !== state.conversation.id) {
-      picture.conversation = state.conversation.id;
+    if (picture && picture.conversation !== conversation.id) {
+      picture.conversation = conversation.id;
       await kept(store.savePicture(picture));
     }
   }
@@ -270,20 +366,68 @@ const composer = new Composer($("composer"), {
   url: urlOf,
 });
 
-async function submit() {
-  if (reading.size) await Promise.all(reading);
-  if (state.running.has(state.conversation.id)) return;
-  const parts = composer.parts();
-  if (!parts.length) return;
-  const { conversation } = state;
-  const last = store.pathOf(conversation).at(-1);
-  await keepPictures(parts);
-  // A message that nobody answered is followed by its answer, not by a second message.
-  const parent = last?.role === "user" ? last.parent : last?.id;
-  const question = store.addNode(conversation, parent, { role: "user", parts });
+/** Conversations that are about to be answered: a message that waits for its pictures is not sent again. */
+const sending = new Set();
+
+const isWaiting = (conversation) => sending.has(conversation.id) && reading.size > 0;
+
+/**
+ * Asks what `take` hands out once all pictures are read.
+ * @param {() => object[]} take  the parts of the message, taken out of its field
+ * @param {() => string | undefined} parentOf  what the message follows
+ */
+async function send(conversation, take, parentOf) {
+  const parts = await prepare(conversation, async () => {
+    if (reading.size) {
+      announce("The message waits for its pictures");
+      const areRead = await Promise.all(reading);
+      // Why is shown. Whether to send the rest is for the writer to say.
+      if (areRead.includes(false)) return [];
+    }
+    if (!(await isReady(conversation))) return [];
+    const taken = take();
+    await keepPictures(conversation, taken);
+    return taken;
+  });
+  if (!parts?.length) return;
+  const question = store.addNode(conversation, parentOf(), { role: "user", parts });
   conversation.title ||= titleOf(parts);
-  composer.clear();
   await ask(conversation, question);
+}
+
+/** Does what comes before an answer, for each conversation one thing at a time. */
+async function prepare(conversation, work) {
+  if (sending.has(conversation.id)) return undefined;
+  sending.add(conversation.id);
+  drawButtons();
+  try {
+    return await work();
+  } finally {
+    sending.delete(conversation.id);
+    drawButtons();
+  }
+}
+
+/** Whether a conversation, as it is now in all tabs, can be answered. */
+async function isReady(conversation) {
+  const isThere = (await catchUp(conversation)) && (isListed(conversation) || !conversation.nodes.length);
+  return isThere && !isBusy(conversation);
+}
+
+async function submit() {
+  const { conversation } = state;
+  const take = () => {
+    // Who turned to another conversation meanwhile left the message with the drafts.
+    const draft = isShown(conversation) ? composer.take() : drafts.get(conversation.id);
+    drafts.delete(conversation.id);
+    return draft ? partsOf(draft) : [];
+  };
+  // A message that nobody answered is followed by its answer, not by a second message: that is another version of it.
+  const parentOf = () => {
+    const last = store.answered(store.pathOf(conversation)).at(-1);
+    return last?.role === "user" ? last.parent : last?.id;
+  };
+  await send(conversation, take, parentOf);
 }
 
 // ---------------------------------------------------------------- answers
@@ -292,7 +436,7 @@ async function submit() {
 async function messagesOf(path) {
   const messages = [];
   if (settings.system.trim()) messages.push({ role: "system", content: settings.system });
-  for (const node of path) {
+  for (const node of store.answered(path)) {
     if (node.role === "assistant") {
       messages.push({ role: "assistant", content: store.textOf(node) });
       continue;
@@ -333,7 +477,7 @@ async function write(conversation, answer, path) {
   state.running.set(conversation.id, { controller, node: answer, conversation });
   hideNotice();
   draw();
-  scrollToEnd();
+  if (isShown(conversation)) scrollToEnd();
   announce("The model is answering");
   const start = performance.now();
   const text = answer.parts[0];
@@ -363,13 +507,12 @@ async function write(conversation, answer, path) {
       if (!(error instanceof ApiError || error instanceof PictureError)) console.error(error);
     }
   }
+  store.touch(answer);
   answer.seconds = (performance.now() - start) / 1000;
   state.running.delete(conversation.id);
   conversation.updated = Date.now();
-  const isShown = conversation.id === state.conversation.id;
-  const isKept = state.conversations.some((it) => it.id === conversation.id);
-  if (isKept) await keep(conversation);
-  if (isShown) {
+  if (isListed(conversation)) await keep(conversation);
+  if (isShown(conversation)) {
     thread.refresh(answer);
     drawButtons();
     followEnd();
@@ -391,7 +534,7 @@ function messageOf(error) {
 /** Another answer in the place of `node`. One that failed is replaced, others stay as versions. */
 async function retry(node) {
   const { conversation } = state;
-  if (state.running.has(conversation.id)) return;
+  if (!(await prepare(conversation, () => isReady(conversation)))) return;
   const question = conversation.nodes.find((it) => it.id === node.parent);
   if (node.status === "error" && store.textOf(node) === "") store.removeNode(conversation, node);
   await ask(conversation, question);
@@ -400,9 +543,14 @@ async function retry(node) {
 /** Goes on with an answer that was cut off. */
 async function goOn(node) {
   const { conversation } = state;
-  if (state.running.has(conversation.id)) return;
+  if (!(await prepare(conversation, () => isReady(conversation)))) return;
+  // Another tab may have gone on with it.
+  if (node.status !== "length") return draw();
+  const path = untilNode(conversation, node);
+  if (store.isSilent(node)) path.pop();
   node.status = "streaming";
-  await write(conversation, node, untilNode(conversation, node));
+  store.touch(node);
+  await write(conversation, node, path);
 }
 
 function stop() {
@@ -414,7 +562,7 @@ function stop() {
 
 /** Turns a message into a field; sending it grows a branch. */
 function edit(node) {
-  if (state.running.has(state.conversation.id)) return;
+  if (isBusy(state.conversation)) return;
   const message = thread.elementOf(node);
   const field = element("div", {
     class: "editor",
@@ -423,34 +571,41 @@ function edit(node) {
     "aria-multiline": "true",
     "aria-label": "Edit the message",
   });
+  const { conversation } = state;
+  let isCancelled = false;
   const close = () => {
+    isCancelled = true;
     editor.close();
     thread.refresh(node);
     thread.elementOf(node)?.querySelector("[aria-label=Edit]")?.focus();
   };
-  const send = element("button", { type: "button", class: "button primary small", text: "Send" });
+  const ready = element("button", { type: "button", class: "button primary small", text: "Send" });
+  const take = () => {
+    const parts = isCancelled ? [] : editor.parts();
+    if (parts.length) editor.close();
+    return parts;
+  };
+  const drawReady = () => {
+    ready.disabled = field.childNodes.length === 0 || sending.has(conversation.id);
+    ready.textContent = isWaiting(conversation) ? "Waiting for the pictures…" : "Send";
+  };
   const editor = new Composer(field, {
     onSubmit: guarded(async () => {
-      if (reading.size) await Promise.all(reading);
-      const parts = editor.parts();
-      if (!parts.length || state.running.has(state.conversation.id)) return;
-      editor.close();
-      const { conversation } = state;
-      await keepPictures(parts);
-      const parent = node.parent === "root" ? undefined : node.parent;
-      const question = store.addNode(conversation, parent, { role: "user", parts });
-      await ask(conversation, question);
+      const sent = send(conversation, take, () => node.parent);
+      drawReady();
+      await sent;
+      drawReady();
     }),
     onCancel: close,
-    onChange: () => (send.disabled = field.childNodes.length === 0),
+    onChange: drawReady,
     onFiles: guarded((files) => addFiles(editor, files)),
     announce,
     url: urlOf,
   });
-  send.addEventListener("click", () => editor.how.onSubmit());
+  ready.addEventListener("click", () => editor.how.onSubmit());
   const cancel = element("button", { type: "button", class: "button small", text: "Cancel", on: { click: close } });
   const pick = iconButton("picture", "Add pictures", () => pickFiles(editor));
-  message.replaceChildren(element("div", { class: "editing" }, field, element("div", { class: "editing-tools" }, pick, cancel, send)));
+  message.replaceChildren(element("div", { class: "editing" }, field, element("div", { class: "editing-tools" }, pick, cancel, ready)));
   acceptDrops(message, editor);
   editor.fill(node.parts, state.pictures);
   editor.focusAtEnd();
@@ -564,7 +719,7 @@ async function importFile(file) {
 
 // ---------------------------------------------------------------- the frame
 
-const settingsDialog = new SettingsDialog($("settings"), settings, () => {});
+const settingsDialog = new SettingsDialog($("settings"), settings);
 let keyBefore = "";
 
 function openSettings(field) {
@@ -639,28 +794,42 @@ const UNFINISHED = "idefics.unfinished";
 addEventListener("pagehide", () => {
   if (!state.running.size) return;
   const unfinished = [...state.running.values()].map(({ node }) => [node.id, store.textOf(node)]);
-  localStorage.setItem(UNFINISHED, JSON.stringify(unfinished));
+  store.local.set(UNFINISHED, JSON.stringify([...leftBehind(), ...unfinished]));
 });
 
-/** Ends the answers that earlier pages were writing. */
+const leftBehind = () => JSON.parse(store.local.get(UNFINISHED) ?? "[]");
+
+/** Ends the answers that pages were writing which are gone. */
 async function settle() {
-  const unfinished = new Map(JSON.parse(localStorage.getItem(UNFINISHED) ?? "[]"));
+  const unfinished = new Map(leftBehind());
+  store.local.remove(UNFINISHED);
   for (const conversation of state.conversations) {
     const left = conversation.nodes.filter((node) => node.status === "streaming" && unfinished.has(node.id));
     for (const node of left) {
       node.status = "stopped";
       node.parts = [{ type: "text", text: unfinished.get(node.id) }];
+      store.touch(node);
     }
     if (left.length) await kept(store.saveConversation(conversation));
   }
-  localStorage.removeItem(UNFINISHED);
-  // Of a page that crashed there is what it kept last.
-  for (const { nodes } of state.conversations) for (const node of nodes) if (node.status === "streaming") node.status = "stopped";
 }
+
+addEventListener(
+  "storage",
+  guarded(async ({ key, newValue }) => {
+    // Another tab went away while it was writing an answer.
+    if (key !== UNFINISHED || !newValue) return;
+    await settle();
+    draw();
+  }),
+);
 
 const begin = guarded(async () => {
   state.conversations = (await kept(store.allConversations())) ?? [];
   await settle();
+  // Of a page that crashed there is what it kept last. One that is still there says so, and then its answer goes on.
+  for (const { nodes } of state.conversations) for (const node of nodes) if (node.status === "streaming") node.status = "stopped";
+  store.tell("hello");
   draw();
 });
 

@@ -1,5 +1,7 @@
 // The server's interface, as far as the page needs it: the model, and answers as they are written.
 
+import { session } from "./store.js";
+
 /** A request that failed, in words for the person who asked. */
 export class ApiError extends Error {
   /**
@@ -18,8 +20,8 @@ const KEY = "idefics.apiKey";
 
 /** The key lives as long as the tab: never on disk, never in the history. */
 export const apiKey = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY)),
+  get: () => session.get(KEY) ?? "",
+  set: (key) => (key ? session.set(KEY, key) : session.remove(KEY)),
 };
 
 function headers(more = {}) {

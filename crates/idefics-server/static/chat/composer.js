@@ -14,8 +14,6 @@ export class Composer {
   constructor(editor, how) {
     this.editor = editor;
     this.how = how;
-    /** What the islands stand for, by id. */
-    this.pictures = new Map();
     /** Where a picture goes if the field has lost the focus to a dialog of files. */
     this.lastRange = null;
     editor.addEventListener("keydown", (event) => this.#onKey(event));
@@ -38,29 +36,24 @@ export class Composer {
     }
   };
 
-  /** Text and pictures in their order; neighbouring texts are one. */
+  /** Takes what is written out of the field, to be put back later. Pictures that are being read find their place in it. */
+  take() {
+    const draft = document.createDocumentFragment();
+    draft.append(...this.editor.childNodes);
+    this.clear();
+    return draft;
+  }
+
+  /** @param {DocumentFragment} [draft]  what `take` gave; none for an empty field */
+  put(draft) {
+    this.clear();
+    if (draft) this.editor.append(draft);
+    this.#changed();
+  }
+
+  /** What is written, pictures and words. */
   parts() {
-    const parts = [];
-    const text = (more) => {
-      if (parts.at(-1)?.type === "text") parts.at(-1).text += more;
-      else parts.push({ type: "text", text: more });
-    };
-    const walk = (node) => {
-      if (node.nodeType === Node.TEXT_NODE) text(node.data.replaceAll("\u00a0", " ").replaceAll("\u200b", ""));
-      else if (node.dataset?.picture) parts.push({ type: "image", id: node.dataset.picture });
-      else if (node.classList?.contains("is-loading")) return;
-      else if (node.nodeName === "BR") text("\n");
-      else {
-        // Lines that a browser wraps in blocks of their own.
-        if (node.nodeName === "DIV" && node !== this.editor && parts.length) text("\n");
-        node.childNodes.forEach(walk);
-      }
-    };
-    walk(this.editor);
-    return parts
-      .map((part) => (part.type === "text" ? { ...part, text: part.text.replace(/^[ \t]+|[ \t]+$/g, "") } : part))
-      .map((part, index, all) => trimEnds(part, index, all.length))
-      .filter((part) => part.type !== "text" || part.text !== "");
+    return partsOf(this.editor);
   }
 
   isEmpty() {
@@ -69,7 +62,6 @@ export class Composer {
 
   clear() {
     this.editor.replaceChildren();
-    this.pictures.clear();
     this.lastRange = null;
     this.#changed();
   }
@@ -77,7 +69,6 @@ export class Composer {
   /** Puts a message in, to be changed. */
   fill(parts, pictures) {
     this.editor.replaceChildren();
-    this.pictures.clear();
     for (const part of parts) {
       if (part.type === "image") {
         const picture = pictures.get(part.id);
@@ -92,8 +83,9 @@ export class Composer {
     this.#changed();
   }
 
-  focusAtEnd() {
-    this.editor.focus();
+  /** @param {FocusOptions} [options] */
+  focusAtEnd(options) {
+    this.editor.focus(options);
     const selection = getSelection();
     selection.selectAllChildren(this.editor);
     selection.collapseToEnd();
@@ -116,11 +108,11 @@ export class Composer {
 
   /** Puts a picture into its place, unless that was deleted meanwhile; without a picture the place goes. */
   settle(place, picture) {
-    if (!this.editor.contains(place)) return;
+    if (!place.parentNode) return;
     if (picture) {
       // The element stays: putting another in its stead would move the caret in front of it.
       this.#island(picture, place);
-      this.how.announce(`Picture added: ${picture.name}`);
+      if (place.isConnected) this.how.announce(`Picture added: ${picture.name}`);
     } else place.remove();
     this.#changed();
   }
@@ -155,7 +147,6 @@ export class Composer {
   }
 
   #island(picture, island = document.createElement("span")) {
-    this.pictures.set(picture.id, picture);
     island.className = "island";
     island.removeAttribute("title");
     island.contentEditable = "false";
@@ -300,6 +291,31 @@ export class Composer {
     this.editor.classList.toggle("is-empty", this.editor.childNodes.length === 0);
     this.how.onChange();
   }
+}
+
+/** Text and pictures of a field, or of a draft, in their order; neighbouring texts are one. */
+export function partsOf(root) {
+  const parts = [];
+  const text = (more) => {
+    if (parts.at(-1)?.type === "text") parts.at(-1).text += more;
+    else parts.push({ type: "text", text: more });
+  };
+  const walk = (node) => {
+    if (node.nodeType === Node.TEXT_NODE) text(node.data.replaceAll("\u00a0", " ").replaceAll("\u200b", ""));
+    else if (node.dataset?.picture) parts.push({ type: "image", id: node.dataset.picture });
+    else if (node.classList?.contains("is-loading")) return;
+    else if (node.nodeName === "BR") text("\n");
+    else {
+      // Lines that a browser wraps in blocks of their own.
+      if (node.nodeName === "DIV" && node !== root && parts.length) text("\n");
+      node.childNodes.forEach(walk);
+    }
+  };
+  walk(root);
+  return parts
+    .map((part) => (part.type === "text" ? { ...part, text: part.text.replace(/^[ \t]+|[ \t]+$/g, "") } : part))
+    .map((part, index, all) => trimEnds(part, index, all.length))
+    .filter((part) => part.type !== "text" || part.text !== "");
 }
 
 function trimEnds(part, index, length) {

@@ -1,6 +1,7 @@
 // How answers are asked for, and how the page looks. Kept in this browser, the key only for this tab.
 
 import { apiKey } from "./api.js";
+import { local } from "./store.js";
 
 const KEY = "idefics.settings";
 const DEFAULTS = { temperature: 0, topP: 1, maxTokens: 512, seed: "", system: "", theme: "auto" };
@@ -8,7 +9,7 @@ const DEFAULTS = { temperature: 0, topP: 1, maxTokens: 512, seed: "", system: ""
 export function loadSettings() {
   let kept = {};
   try {
-    kept = JSON.parse(localStorage.getItem(KEY)) ?? {};
+    kept = JSON.parse(local.get(KEY)) ?? {};
   } catch {
     // Not ours, or broken: the defaults will do.
   }
@@ -34,10 +35,9 @@ export function requestFields(settings) {
 
 /** The dialog of settings. Changes hold at once. */
 export class SettingsDialog {
-  constructor(dialog, settings, onChange) {
+  constructor(dialog, settings) {
     this.dialog = dialog;
     this.settings = settings;
-    this.onChange = onChange;
     this.form = dialog.querySelector("form");
     this.form.addEventListener("input", () => this.#read());
     dialog.querySelector("[data-reset]").addEventListener("click", () => {
@@ -83,8 +83,7 @@ export class SettingsDialog {
   }
 
   #keep() {
-    localStorage.setItem(KEY, JSON.stringify(this.settings));
+    local.set(KEY, JSON.stringify(this.settings));
     applyTheme(this.settings.theme);
-    this.onChange();
   }
 }

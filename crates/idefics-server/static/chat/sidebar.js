@@ -9,7 +9,8 @@ export class Sidebar {
     this.how = { onOpen, onRename, onDelete };
   }
 
-  show(conversations, current, running) {
+  /** @param {(conversation: object) => boolean} isBusy  whether it is being answered */
+  show(conversations, current, isBusy) {
     const groups = new Map();
     for (const conversation of conversations) {
       const day = dayOf(conversation.updated);
@@ -22,7 +23,7 @@ export class Sidebar {
           "section",
           { "aria-label": day },
           element("h2", { text: day }),
-          element("ul", {}, ...members.map((it) => this.#entry(it, it.id === current, running.has(it.id)))),
+          element("ul", {}, ...members.map((it) => this.#entry(it, it.id === current, isBusy(it)))),
         ),
       ),
     );

@@ -7,7 +7,7 @@ export class Thread {
   /**
    * @param {HTMLElement} list
    * @param {{url: (picture: object) => string, pictures: Map<string, object>, onRetry, onEdit, onBranch, onContinue,
-   *   onOpenPicture, announce, isBusy: () => boolean}} how
+   *   onOpenPicture, announce}} how
    */
   constructor(list, how) {
     this.list = list;

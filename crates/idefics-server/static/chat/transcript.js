@@ -3,7 +3,7 @@
 // {"role": "user", "content": [{"image": "data:image/png;base64,.."}, {"text": "Who is that?"}]}
 
 import { fromDataUri, readPicture, toDataUri } from "./pictures.js";
-import { addNode, newConversation, newId, pathOf, textOf } from "./store.js";
+import { addNode, answered, newConversation, newId, pathOf, textOf } from "./store.js";
 
 /** A file that is no conversation, with the reason. */
 export class TranscriptError extends Error {}
@@ -13,8 +13,9 @@ export async function toLines(conversation, pictures, system) {
   const lines = [];
   const push = (role, content) => lines.push(JSON.stringify({ role, content }));
   if (system.trim()) push("system", [{ text: system }]);
-  const path = pathOf(conversation);
+  const path = answered(pathOf(conversation));
   const end = path.findLastIndex((node) => node.role === "assistant") + 1;
+  if (!end) throw new TranscriptError("There is nothing to save: no message has an answer.");
   for (const node of path.slice(0, end)) {
     if (node.role === "assistant") {
       push("assistant", [{ text: textOf(node) }]);
@@ -27,7 +28,7 @@ export async function toLines(conversation, pictures, system) {
     }
     push("user", content);
   }
-  return lines.length ? `${lines.join("\n")}\n` : "";
+  return `${lines.join("\n")}\n`;
 }
 
 /** A conversation from a file's lines, checked line by line, and its pictures. */
