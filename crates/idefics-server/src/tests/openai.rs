@@ -151,6 +151,35 @@ async fn a_stream_joined_is_the_answer() {
 }
 
 #[tokio::test]
+async fn an_answer_that_goes_on_keeps_its_space() {
+    let server = TestServer::new();
+    // A word of its own, by which every answer begins.
+    let tokens = server.post("/tokenize", &json!({"inputs": "see see"})).await.json();
+    let mut tokens = tokens.as_array().unwrap().iter();
+    let word = tokens.rfind(|token| token["text"].as_str().unwrap().starts_with(' ')).unwrap().clone();
+    for (open, has_space) in [
+        (Some("I see a"), true),
+        (Some("I see a "), false),
+        (Some(" "), false),
+        (Some(""), false),
+        (None, false),
+    ] {
+        let mut messages = question("Hello");
+        if let Some(words) = open {
+            messages.as_array_mut().unwrap().push(json!({"role": "assistant", "content": words}));
+        }
+        let bias = json!({word["id"].to_string(): 100});
+        let mut request = json!({"messages": messages, "max_tokens": 2, "logit_bias": bias});
+        let whole = server.post(CHAT, &request).await.json();
+        let text = whole["choices"][0]["message"]["content"].as_str().unwrap();
+        assert_eq!(text.starts_with(' '), has_space, "{open:?}: {text:?}");
+        request["stream"] = json!(true);
+        let chunks = server.post(CHAT, &request).await.chunks();
+        assert_eq!(joined(&chunks, 0).0, text, "{open:?}");
+    }
+}
+
+#[tokio::test]
 async fn several_answers_differ_by_seed_and_repeat() {
     let server = TestServer::new();
     let request = json!({"messages": question("Hi"), "max_tokens": 8, "n": 3, "temperature": 1.5, "seed": 7});
