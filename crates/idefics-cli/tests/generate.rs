@@ -174,6 +174,26 @@ fn a_question_is_answered_and_labels_are_ranked() {
 }
 
 #[test]
+fn records_of_another_question_are_not_taken_for_done() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["answers.jsonl", "answers.csv"] {
+        let output = dir.path().join(name);
+        let output_name = output.display().to_string();
+        let ask =
+            |question| ["ask", "420.jpg", question, "--max-new-tokens", "2", "-o", output_name.as_str()];
+        stdout(&idefics("tiny", &ask("What color?")));
+        let before = fs::read_to_string(&output).unwrap();
+        let message = refusal("tiny", &ask("How many?"));
+        assert!(message.contains("another job") && message.contains("What color?"), "{message}");
+        let caption = ["caption", "420.jpg", "-o", output_name.as_str()];
+        assert!(refusal("tiny", &caption).contains("caption"));
+        assert_eq!(fs::read_to_string(&output).unwrap(), before, "{name}");
+        stdout(&idefics("tiny", &ask("What color?")));
+        assert_eq!(fs::read_to_string(&output).unwrap(), before, "{name}");
+    }
+}
+
+#[test]
 fn mistakes_end_in_one_clear_line() {
     let long = "a b ".repeat(200);
     for (args, word) in [

@@ -4,7 +4,7 @@ use anyhow::bail;
 use serde_json::json;
 
 use crate::{
-    images::{self, Record, RecordArgs},
+    images::{self, Job, Record, RecordArgs},
     model::ModelArgs,
     options::GenerationArgs,
     task::{TaskAnswer, answer_images},
@@ -49,5 +49,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ],
         text: answer.text.clone(),
     };
-    answer_images(&args.records, &loaded, &args.generation, &Task::Answer { question }, &images, record)
+    let fields = &["image", "question", "answer", "finish_reason"];
+    let job = Job { fields, question: Some(question), labels: &[] };
+    let task = Task::Answer { question };
+    answer_images(&args.records, &loaded, &args.generation, &task, &job, &images, record)
 }

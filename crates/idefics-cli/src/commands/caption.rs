@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::{
-    images::{self, Record, RecordArgs},
+    images::{self, Job, Record, RecordArgs},
     model::ModelArgs,
     options::GenerationArgs,
     task::{TaskAnswer, answer_images},
@@ -41,5 +41,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ],
         text: answer.text.clone(),
     };
-    answer_images(&args.records, &loaded, &args.generation, &Task::Caption, &images, record)
+    let job = Job { fields: &["image", "caption", "finish_reason"], question: None, labels: &[] };
+    answer_images(&args.records, &loaded, &args.generation, &Task::Caption, &job, &images, record)
 }
