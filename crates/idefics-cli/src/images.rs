@@ -166,7 +166,7 @@ pub(crate) fn run(
     }
     cancel::on_interrupt()?;
     let mut counter = Counter::start(todo.len(), "pictures");
-    let mut failed = 0;
+    let (mut done, mut failed) = (0, 0);
     for batch in todo.chunks(args.batch_size) {
         if cancel::is_requested() {
             break;
@@ -186,9 +186,13 @@ pub(crate) fn run(
             }
         }
         writer.flush()?;
+        done += batch.len();
         counter.advance(batch.len());
     }
     counter.finish();
+    if done < todo.len() {
+        bail!(cancel::Stopped { done, total: todo.len(), what: "pictures" });
+    }
     if failed > 0 {
         bail!("{failed} of {} pictures failed", todo.len());
     }
