@@ -20,7 +20,7 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::{
     options::ServerOptions,
-    router::router,
+    router::{WrongOrigin, router},
     service::{Loaded, Service},
     state::App,
     trace::Exporter,
@@ -36,6 +36,7 @@ const PARSE_THREADS: usize = 4;
 /// A server that listens and has no model yet.
 pub struct Server {
     app: Arc<App>,
+    router: Router,
     listener: std::net::TcpListener,
 }
 
@@ -51,6 +52,9 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// Pages are allowed to call that no browser could name.
+    #[error(transparent)]
+    Origin(#[from] WrongOrigin),
     /// The threads or signal handlers cannot be started.
     #[error("cannot start the server")]
     Start(#[source] io::Error),
@@ -76,7 +80,10 @@ impl Server {
         let listener = std::net::TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let traces = Exporter::start(&options.traces).map_err(ServeError::Traces)?;
-        Ok(Self { app: Arc::new(App::new(options, traces)), listener })
+        let app = Arc::new(App::new(options, traces));
+        // Here and not in the task that accepts: what is wrong with the options ends the start.
+        let router = router(&app)?;
+        Ok(Self { app, router, listener })
     }
 
     /// The address, with the port that was given where port 0 was asked for.
@@ -123,7 +130,7 @@ impl Server {
         let listener =
             TcpListener::from_std(self.listener).map_err(|source| ServeError::Listen { address, source })?;
         let (stop, stopped) = watch::channel(());
-        let accepting = tokio::spawn(accept(app.clone(), listener, stopped));
+        let accepting = tokio::spawn(accept(app.clone(), self.router, listener, stopped));
         tokio::pin!(end);
         let ready = async {
             get_ready(&app, load).await?;
@@ -206,8 +213,7 @@ async fn drain(app: &App) {
 }
 
 /// Accepts until told to stop, then lets connections end.
-async fn accept(app: Arc<App>, listener: TcpListener, mut stopped: watch::Receiver<()>) {
-    let router = router(&app);
+async fn accept(app: Arc<App>, router: Router, listener: TcpListener, mut stopped: watch::Receiver<()>) {
     let limits = &app.options.limits;
     let places = Arc::new(Semaphore::new(limits.connections));
     let graceful = GracefulShutdown::new();

@@ -16,7 +16,7 @@ pub struct ServerOptions {
     /// Names by which the server may be called, beside addresses and `localhost`. Where it listens on loopback, a
     /// request for any other name is refused: a web page could have pointed its own name at this machine.
     pub allowed_hosts: Vec<String>,
-    /// Origins whose pages may call the server from a browser. None by default.
+    /// Origins whose pages may call the server from a browser, or `*` for all. None by default.
     pub cors_origins: Vec<String>,
     /// What one request, and all together, may cost.
     pub limits: Limits,

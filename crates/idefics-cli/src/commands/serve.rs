@@ -71,7 +71,8 @@ struct NetworkArgs {
     #[arg(long = "allowed-host", value_name = "NAME")]
     allowed_hosts: Vec<String>,
 
-    /// Origin whose pages may call the server from a browser; may be given several times
+    /// Origin whose pages may call the server from a browser, such as `https://ui.example`, or `*` for all; may be given
+    /// several times
     #[arg(long = "cors-origin", value_name = "ORIGIN")]
     cors_origins: Vec<String>,
 

@@ -235,6 +235,28 @@ async fn pages_of_named_origins_may_call() {
 }
 
 #[tokio::test]
+async fn a_star_lets_all_pages_call() {
+    let cors_origins = vec!["https://ui.example".to_owned(), "*".to_owned()];
+    let server = TestServer::with(ServerOptions { cors_origins, ..ServerOptions::default() });
+    let request = Request::get("/v1/models").header(header::ORIGIN, "https://any.example");
+    let reply = server.send(request.body(Body::empty()).unwrap()).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    assert_eq!(reply.headers[header::ACCESS_CONTROL_ALLOW_ORIGIN], "*");
+    assert!(!reply.headers.contains_key(header::ACCESS_CONTROL_ALLOW_CREDENTIALS));
+}
+
+#[test]
+fn an_origin_that_never_matches_ends_the_start() {
+    for origin in ["https://ui.example/", "ui.example", "a\nb"] {
+        let address = ([127, 0, 0, 1], 0).into();
+        let cors_origins = vec![origin.to_owned()];
+        let options = ServerOptions { address, cors_origins, ..ServerOptions::default() };
+        let error = crate::Server::bind(options).err().expect("refused");
+        assert!(error.to_string().contains(origin), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_foreign_name_is_refused_on_loopback() {
     let server = TestServer::new();
     let mut request = post("/generate", &json!({"inputs": "x"}));
