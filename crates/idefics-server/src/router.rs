@@ -8,7 +8,7 @@ use axum::{
     middleware,
     routing::{get, post},
 };
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::{
     error::{ApiError, Kind},
@@ -70,7 +70,8 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, WrongOrigin> {
         CorsLayer::new()
             .allow_origin(allowed)
             .allow_methods([Method::GET, Method::POST])
-            .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE])
+            // Clients have headers of their own, which are ignored here.
+            .allow_headers(AllowHeaders::mirror_request())
             .expose_headers([header::HeaderName::from_static("x-request-id"), header::RETRY_AFTER]),
     ))
 }

@@ -235,6 +235,23 @@ async fn pages_of_named_origins_may_call() {
 }
 
 #[tokio::test]
+async fn a_browser_may_send_the_headers_of_its_client() {
+    let keys = ApiKeys::parse("a-secret-key", "test").unwrap();
+    let cors_origins = vec!["https://ui.example".to_owned()];
+    let server = TestServer::with(ServerOptions { keys, cors_origins, ..ServerOptions::default() });
+    // What OpenAI's client for JavaScript asks for, before it sends a key.
+    let wanted = "authorization,content-type,x-request-id,x-stainless-arch,x-stainless-lang,x-stainless-os";
+    let request = Request::options("/v1/chat/completions")
+        .header(header::ORIGIN, "https://ui.example")
+        .header(header::ACCESS_CONTROL_REQUEST_METHOD, "POST")
+        .header(header::ACCESS_CONTROL_REQUEST_HEADERS, wanted);
+    let reply = server.send(request.body(Body::empty()).unwrap()).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    assert_eq!(reply.headers[header::ACCESS_CONTROL_ALLOW_ORIGIN], "https://ui.example");
+    assert_eq!(reply.headers[header::ACCESS_CONTROL_ALLOW_HEADERS], wanted);
+}
+
+#[tokio::test]
 async fn a_star_lets_all_pages_call() {
     let cors_origins = vec!["https://ui.example".to_owned(), "*".to_owned()];
     let server = TestServer::with(ServerOptions { cors_origins, ..ServerOptions::default() });
