@@ -10,12 +10,7 @@ use axum::{
 };
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
-use crate::{
-    error::{ApiError, Kind},
-    gate, health, observe, openai, openapi, pages,
-    state::App,
-    tgi,
-};
+use crate::{gate, health, observe, openai, openapi, pages, state::App, tgi};
 
 /// An origin that no browser sends.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -46,10 +41,8 @@ pub(crate) fn router(app: &Arc<App>) -> Result<Router, WrongOrigin> {
         .route("/openapi.json", get(openapi::document))
         .merge(pages::routes())
         .merge(generating)
-        .method_not_allowed_fallback(async || {
-            ApiError::new(Kind::MethodNotAllowed, "this route has other methods")
-        })
-        .fallback(async || ApiError::new(Kind::NotFound, "there is no such route"))
+        .method_not_allowed_fallback(gate::no_method)
+        .fallback(gate::no_route)
         .layer(middleware::from_fn_with_state(app.clone(), gate::gate));
     if let Some(cors) = cors(&app.options.cors_origins)? {
         // Outside the gate: a browser asks for permission without a key.

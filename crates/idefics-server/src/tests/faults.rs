@@ -16,6 +16,7 @@ use tokio::{
 
 use super::live::{Live, raw_request, read_to_end, request, short};
 use crate::{
+    auth::ApiKeys,
     options::{Limits, ServerOptions},
     testing::picture,
 };
@@ -232,6 +233,46 @@ async fn a_hundred_megabytes_are_refused_with_a_status() {
     let reply = read_to_end(&mut stream).await;
     assert!(reply.starts_with("HTTP/1.1 413"), "{reply}");
     live.is_well().await;
+}
+
+/// Sends a whole request with some MB and reads what comes back.
+async fn refusal_of_a_large_request(live: &Live, path: &str, headers: &str) -> String {
+    let body = vec![b' '; 5 << 20];
+    let length = body.len();
+    let head =
+        format!("POST {path} HTTP/1.1\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n\r\n");
+    live.exchange(&[head.as_bytes(), &body].concat()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_reaches_who_is_still_sending() {
+    const JSON: &str = "host: localhost\r\ncontent-type: application/json";
+    let keys = ApiKeys::parse("a-secret-key", "test").unwrap();
+    let live = Live::with(ServerOptions { keys, ..ServerOptions::default() }).await;
+    let foreign = "host: evil.example\r\ncontent-type: application/json";
+    for (headers, status) in [(JSON, "401"), (foreign, "403")] {
+        let reply = refusal_of_a_large_request(&live, "/generate", headers).await;
+        assert_eq!(reply.get(9..12), Some(status), "{reply}");
+    }
+    let limits = Limits { requests: 1, upload_bytes: 1 << 20, ..Limits::default() };
+    let live = Live::start(limits).await;
+    for (path, headers, status) in [
+        ("/generate", JSON, "429"),
+        ("/generate", "host: localhost\r\ncontent-type: text/plain", "415"),
+        ("/nowhere", JSON, "404"),
+        ("/info", JSON, "405"),
+    ] {
+        let reply = refusal_of_a_large_request(&live, path, headers).await;
+        assert_eq!(reply.get(9..12), Some(status), "{path}: {reply}");
+    }
+    let place = live.app.place(Arc::default()).unwrap();
+    let reply = refusal_of_a_large_request(&live, "/generate", JSON).await;
+    assert_eq!(reply.get(9..12), Some("429"), "{reply}");
+    drop(place);
+    live.is_well().await;
+    live.app.set_draining();
+    let reply = refusal_of_a_large_request(&live, "/generate", JSON).await;
+    assert_eq!(reply.get(9..12), Some("503"), "{reply}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
