@@ -31,7 +31,7 @@ pub(crate) fn answer_images(
     let form = Form::of(&loaded.processor);
     let special = loaded.processor.special_tokens();
     let base = task.generation(form, loaded.model.default_generation(Some(special))?);
-    let config = generation.apply(base, &loaded.processor)?;
+    let config = generation.apply_beside_stops(base, &loaded.processor)?;
     let engine = loaded.engine()?;
     images::run(records, job, images, |batch| {
         let inputs: Vec<anyhow::Result<SequenceInputs>> = batch

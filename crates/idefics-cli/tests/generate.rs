@@ -251,6 +251,10 @@ fn mistakes_end_in_one_clear_line() {
         (&["generate", "x", "--threads", "0"], "--threads"),
         (&["classify", "420.jpg", "--labels", "cat"], "--labels"),
         (&["ask", "420.jpg", " "], "question"),
+        (&["ask", "420.jpg", "Who?", "-n", "3", "--sample"], "--num-return-sequences"),
+        (&["caption", "420.jpg", "--logprobs"], "--logprobs"),
+        (&["serve", "--port", "0", "--add-end-of-utterance", "always"], "--add-end-of-utterance"),
+        (&["serve", "--port", "0", "--cors-origin", "https://ui.example/"], "https://ui.example/"),
         (&["score", "--prompts", "/missing.jsonl"], "/missing.jsonl"),
         (&["caption", "420.jpg", "-o", "/missing/x.csv"], "/missing/x.csv"),
     ] {

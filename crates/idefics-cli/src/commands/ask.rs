@@ -39,6 +39,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         bail!("the question is empty");
     }
     let images = images::expand(images)?;
+    args.generation.refuse_more_than_text()?;
     let loaded = args.model.load()?;
     let record = |image: &str, answer: &TaskAnswer| Record {
         fields: vec![

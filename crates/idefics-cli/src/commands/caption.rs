@@ -32,6 +32,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let images = images::expand(&args.images)?;
+    args.generation.refuse_more_than_text()?;
     let loaded = args.model.load()?;
     let record = |image: &str, answer: &TaskAnswer| Record {
         fields: vec![

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use idefics::{
     config::IdeficsConfig,
     generate::{Engine, EngineOptions, Memory, Scheduler},
-    processor::FetchPolicy,
+    processor::{AddEndOfUtterance, FetchPolicy},
 };
 use idefics_server::{
     ApiKeys, Limits, Loaded, ModelCard, Sandbox, Server, ServerOptions, Traces,
@@ -205,6 +205,10 @@ fn stored_as(config: &IdeficsConfig) -> String {
 
 fn server_options(args: &Args) -> anyhow::Result<ServerOptions> {
     let network = &args.network;
+    let images = args.model.process_options();
+    if images.add_end_of_utterance == AddEndOfUtterance::Always {
+        bail!("--add-end-of-utterance: a server writes the ends of turns itself");
+    }
     let keys = api_keys(network)?;
     if keys.is_empty() && !network.host.is_loopback() && !network.without_api_keys {
         bail!(
@@ -213,7 +217,6 @@ fn server_options(args: &Args) -> anyhow::Result<ServerOptions> {
             network.host
         );
     }
-    let images = args.model.process_options();
     Ok(ServerOptions {
         address: SocketAddr::new(network.host, network.port),
         keys,
