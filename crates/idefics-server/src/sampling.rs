@@ -25,6 +25,7 @@ pub(crate) struct Sampling {
     pub(crate) seed: Option<u64>,
     /// Said by the request; shaping a draw says it too.
     pub(crate) do_sample: Option<bool>,
+    /// Written, of which the best may be all that is returned.
     pub(crate) answers: usize,
 }
 

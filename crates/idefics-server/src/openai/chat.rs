@@ -176,7 +176,8 @@ fn options(
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(ApiError::unsupported("modalities", "any output but text"));
     }
-    let (mut config, answers) = common_options(limits, service, common)?;
+    let answers = answers(limits, common)?;
+    let mut config = common_options(limits, service, common, answers)?;
     let max = count("max_completion_tokens", request.max_completion_tokens, 1..=MAX_TOKENS)?.or(count(
         "max_tokens",
         request.max_tokens,
@@ -196,14 +197,19 @@ fn options(
     Ok((config, answers))
 }
 
-/// What chat and plain completions have in common.
+/// How many answers are returned.
+pub(super) fn answers(limits: &Limits, common: &Common) -> Result<usize, ApiError> {
+    Ok(count("n", common.n, 1..=limits.answers)?.unwrap_or(1))
+}
+
+/// What chat and plain completions have in common, where so many answers are written.
 pub(super) fn common_options(
     limits: &Limits,
     service: &Service,
     common: &Common,
-) -> Result<(GenerationConfig, usize), ApiError> {
+    written: usize,
+) -> Result<GenerationConfig, ApiError> {
     let penalty = |param, value| number(param, value, |x| (-2.0..=2.0).contains(&x), "from -2 to 2");
-    let answers = count("n", common.n, 1..=limits.answers)?.unwrap_or(1);
     let sampling = Sampling {
         temperature: number("temperature", common.temperature, |x| (0.0..=2.0).contains(&x), "from 0 to 2")?,
         top_p: number("top_p", common.top_p, |x| (0.0..=1.0).contains(&x), "from 0 to 1")?,
@@ -220,7 +226,7 @@ pub(super) fn common_options(
         presence_penalty: penalty("presence_penalty", common.presence_penalty)?,
         seed: sampling::seed(common.seed.as_ref())?,
         do_sample: None,
-        answers,
+        answers: written,
     };
     let mut config = service.generation().clone();
     sampling.apply(&mut config);
@@ -235,7 +241,7 @@ pub(super) fn common_options(
         let vocab_size = service.backend().vocab_size();
         config.sequence_bias.extend(sampling::biases(biases, vocab_size, limits.biases)?);
     }
-    Ok((config, answers))
+    Ok(config)
 }
 
 /// Lengths count new tokens, whatever the checkpoint proposes.

@@ -462,6 +462,15 @@ async fn completions_take_every_form_of_prompt() {
     let best = ask(json!({"prompt": "Hello", "temperature": 1, "seed": 1, "n": 2, "best_of": 6})).await;
     assert_eq!(best["choices"].as_array().unwrap().len(), 2);
 
+    // The best of several is one of several draws, whether or not anything else shapes them.
+    let plain = ask(json!({"prompt": "Hello", "max_tokens": 12})).await;
+    let best = ask(json!({"prompt": "Hello", "max_tokens": 12, "seed": 1, "best_of": 6})).await;
+    assert_eq!(best["choices"].as_array().unwrap().len(), 1);
+    assert!(best["choices"][0]["logprobs"].is_null());
+    assert!(best["usage"]["completion_tokens"].as_u64() > Some(12), "more than one answer was written");
+    let greedy = json!({"prompt": "Hello", "max_tokens": 12, "temperature": 0, "best_of": 6});
+    assert_eq!(ask(greedy).await["choices"][0]["text"], plain["choices"][0]["text"]);
+
     for bad in
         [json!([]), json!(""), json!([451]), json!([["x", 1]]), json!(7), json!(null), json!(vec!["x"; 99])]
     {
