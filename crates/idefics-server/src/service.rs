@@ -3,7 +3,7 @@
 use std::{
     ops::ControlFlow,
     sync::{Arc, OnceLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use idefics::{
@@ -362,6 +362,7 @@ impl Answer {
 pub(crate) fn shut_down() -> ApiError {
     ApiError::new(Kind::Unavailable, "the server was shut down before the answer was complete")
         .code("shutting_down")
+        .retry_after(Duration::from_secs(5))
 }
 
 fn model_failed(error: GenerateError) -> ApiError {

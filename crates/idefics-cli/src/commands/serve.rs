@@ -24,7 +24,7 @@ use crate::{model::ModelArgs, output};
 /// Serve a model over HTTP: OpenAI's and text-generation-inference's dialects, metrics, a web chat
 ///
 /// Listens on this machine alone, fetches no pictures, and takes at most as much as the limits below say. SIGTERM
-/// lets running answers finish.
+/// or Ctrl-C lets running answers finish; a second one does not.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  idefics serve -m HuggingFaceM4/idefics-9b-instruct --quantize nf4\n  \
     curl localhost:8080/v1/chat/completions -H 'content-type: application/json' \\\n    \

@@ -397,3 +397,24 @@ async fn answers_that_take_too_long_at_the_end_are_cut_off_as_errors() {
     assert!(whole.starts_with("HTTP/1.1 503"), "{whole}");
     live.task.await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn asked_to_end_twice_it_waits_for_nothing() {
+    let limits = Limits { drain_timeout: Duration::from_hours(1), ..Limits::default() };
+    let mut live = Live::start(limits).await;
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let mut stream = live.connect().await;
+        stream.write_all(&request("/v1/completions", &long())).await.unwrap();
+        streams.push(stream);
+    }
+    live.wait("running", |live| live.engine.stats().running + live.engine.stats().waiting > 40).await;
+    let end = live.end.take().unwrap();
+    end.send(()).unwrap();
+    live.wait("ending", |live| live.app.is_draining()).await;
+    end.send(()).unwrap();
+    let reply = read_to_end(&mut streams[1]).await;
+    assert!(reply.starts_with("HTTP/1.1 503") && reply.contains("retry-after"), "{reply}");
+    assert!(reply.contains("\"code\":\"shutting_down\""), "{reply}");
+    live.task.await.unwrap();
+}
