@@ -416,6 +416,29 @@ async fn a_prompt_beyond_the_context_is_refused_with_its_length() {
 }
 
 #[tokio::test]
+async fn words_that_never_fit_are_refused_before_they_are_made_tokens() {
+    let server = TestServer::new();
+    let words = "word ".repeat(100_000);
+    for (path, request, status) in [
+        (CHAT, json!({"messages": question(&words)}), 400),
+        ("/v1/completions", json!({"prompt": words}), 400),
+        ("/generate", json!({"inputs": words}), 422),
+        ("/tokenize", json!({"inputs": words}), 422),
+    ] {
+        let reply = server.post(path, &request).await;
+        assert_eq!(reply.status, status, "{path}: {}", reply.body);
+        assert!(reply.body.contains(" bytes of words"), "{path}: {}", reply.body);
+    }
+    // What is cut to its end anyhow may be as long as it likes.
+    let parameters = json!({"max_new_tokens": 2, "truncate": 9});
+    let cut = json!({"inputs": "word ".repeat(2000), "parameters": parameters});
+    let reply = server.post("/generate", &cut).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let tokens = server.post("/tokenize", &json!({"inputs": "word"})).await;
+    assert_eq!(tokens.headers["content-type"], "application/json");
+}
+
+#[tokio::test]
 async fn base_models_chat_in_plain_lines() {
     let server = TestServer::base();
     let reply = server.post(CHAT, &json!({"messages": question("Hello"), "max_tokens": 4})).await;
