@@ -121,7 +121,7 @@ struct LimitArgs {
     #[arg(long, value_name = "N", default_value_t = Limits::default().default_tokens)]
     default_max_tokens: usize,
 
-    /// Seconds that an answer may take
+    /// Seconds that an answer may take once it has its place among those that are written
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().answer_timeout.as_secs())]
     answer_timeout: u64,
 
@@ -129,7 +129,8 @@ struct LimitArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().drain_timeout.as_secs())]
     drain_timeout: u64,
 
-    /// Seconds that a client may take to send the head of a request, or to go on with its body
+    /// Seconds that a client may take to send the head of a request, and as many for its body, with one more for every
+    /// 32 KiB of it
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().read_timeout.as_secs())]
     read_timeout: u64,
 
