@@ -24,7 +24,7 @@ impl<T> Lines<T> {
         mut prepare: impl FnMut(usize, T) -> anyhow::Result<J>,
         mut work: impl FnMut(&[J]) -> anyhow::Result<Vec<anyhow::Result<String>>>,
     ) -> anyhow::Result<()> {
-        let (total, mut failed) = (self.entries.len(), 0);
+        let (total, mut done, mut failed) = (self.entries.len(), 0, 0);
         let mut counter = Counter::start(total, self.what);
         let mut lines = self.entries.into_iter();
         while !cancel::is_requested() {
@@ -45,6 +45,10 @@ impl<T> Lines<T> {
                 }
             }
             let mut results = work(&jobs)?.into_iter();
+            if cancel::is_requested() {
+                // These answers were cut short.
+                break;
+            }
             for (number, refused) in outcomes {
                 let result = match refused {
                     Some(error) => Err(error),
@@ -63,9 +67,13 @@ impl<T> Lines<T> {
                     }
                 }
             }
+            done += read;
             counter.advance(read);
         }
         counter.finish();
+        if done < total {
+            bail!(cancel::Stopped { done, total, what: self.what });
+        }
         if failed > 0 {
             bail!("{failed} of {total} {} failed", self.what);
         }

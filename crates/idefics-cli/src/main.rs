@@ -78,7 +78,11 @@ fn main() -> std::process::ExitCode {
         Err(error) => {
             // One line: what failed, then its causes.
             eprintln!("error: {error:#}");
-            std::process::ExitCode::FAILURE
+            if error.is::<cancel::Stopped>() {
+                cancel::STATUS.into()
+            } else {
+                std::process::ExitCode::FAILURE
+            }
         }
     }
 }

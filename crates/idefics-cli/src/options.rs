@@ -203,6 +203,37 @@ impl GenerationArgs {
         Ok(config)
     }
 
+    /// The same, with the stop strings of `base` beside those of the flags: they end answers in the form of `base`.
+    pub(crate) fn apply_beside_stops(
+        &self,
+        base: GenerationConfig,
+        processor: &Processor,
+    ) -> anyhow::Result<GenerationConfig> {
+        let own = base.stop_strings.clone();
+        let mut config = self.apply(base, processor)?;
+        for stop in own {
+            if !config.stop_strings.contains(&stop) {
+                config.stop_strings.push(stop);
+            }
+        }
+        Ok(config)
+    }
+
+    /// Refuses flags whose results have no place in a record of one text.
+    pub(crate) fn refuse_more_than_text(&self) -> anyhow::Result<()> {
+        if self.num_return_sequences.is_some_and(|answers| answers != 1) {
+            bail!(
+                "--num-return-sequences: a record has one answer to a picture; `idefics generate` has several"
+            );
+        }
+        if self.logprobs.is_some() {
+            bail!(
+                "--logprobs: a record has the text of an answer; `idefics generate --json` has its log-probabilities"
+            );
+        }
+        Ok(())
+    }
+
     fn apply_lengths(&self, config: &mut GenerationConfig) {
         // A length on the command line replaces one of the checkpoint, of whichever kind.
         if self.max_new_tokens.is_some() || self.max_length.is_some() {
@@ -300,6 +331,22 @@ mod tests {
         for bad in ["50", "x,1", "1,y"] {
             assert!(start_and_factor(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn stop_strings_stand_beside_those_of_the_form() {
+        let processor = Processor::from_pretrained(idefics_testing::fixture("tiny")).unwrap();
+        let base = GenerationConfig { stop_strings: vec!["\nUser:".to_owned()], ..Default::default() };
+        let args = |stops: &[&str]| GenerationArgs {
+            stop_strings: stops.iter().map(ToString::to_string).collect(),
+            ..Default::default()
+        };
+        let stops =
+            |args: GenerationArgs| args.apply_beside_stops(base.clone(), &processor).unwrap().stop_strings;
+        assert_eq!(stops(args(&[])), ["\nUser:"]);
+        assert_eq!(stops(args(&["."])), [".", "\nUser:"]);
+        assert_eq!(stops(args(&["\nUser:", "."])), ["\nUser:", "."]);
+        assert_eq!(args(&["."]).apply(base.clone(), &processor).unwrap().stop_strings, ["."]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use idefics::{SequenceInputs, dialogue::Form, generate::Request};
 
 use crate::{
     cancel,
-    images::{self, Record, RecordArgs},
+    images::{self, Job, Record, RecordArgs},
     model::Loaded,
     options::GenerationArgs,
     prompts::image_source,
@@ -24,15 +24,16 @@ pub(crate) fn answer_images(
     loaded: &Loaded,
     generation: &GenerationArgs,
     task: &Task<'_>,
+    job: &Job<'_>,
     images: &[String],
     record: impl Fn(&str, &TaskAnswer) -> Record,
 ) -> anyhow::Result<()> {
     let form = Form::of(&loaded.processor);
     let special = loaded.processor.special_tokens();
     let base = task.generation(form, loaded.model.default_generation(Some(special))?);
-    let config = generation.apply(base, &loaded.processor)?;
+    let config = generation.apply_beside_stops(base, &loaded.processor)?;
     let engine = loaded.engine()?;
-    images::run(records, images, |batch| {
+    images::run(records, job, images, |batch| {
         let inputs: Vec<anyhow::Result<SequenceInputs>> = batch
             .iter()
             .map(|image| {

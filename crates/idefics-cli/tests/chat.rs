@@ -120,6 +120,24 @@ fn saved_conversations_go_on_elsewhere() {
 }
 
 #[test]
+fn a_system_text_replaces_that_of_a_loaded_conversation() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (first, second) = (path("first.jsonl"), path("second.jsonl"));
+    answers(&chat(
+        "tiny",
+        &[&SHORT[..], &["--system", "Be brief."]].concat(),
+        &format!("a b\n/save {first}\n"),
+    ));
+    for (flags, expected) in [(&["--system", "Be long."][..], "Be long."), (&[], "Be brief.")] {
+        let args = [&SHORT[..], &["--load", &first], flags].concat();
+        answers(&chat("tiny", &args, &format!("/save {second} --force\n")));
+        let saved = fs::read_to_string(&second).unwrap();
+        assert!(saved.contains(expected) && saved.matches("system").count() == 1, "{saved}");
+    }
+}
+
+#[test]
 fn settings_change_what_comes() {
     let output =
         chat("tiny", &[], "/settings max_new_tokens 2\na\n/settings max_new_tokens 6\n/retry\n/settings\n");

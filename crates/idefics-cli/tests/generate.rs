@@ -174,6 +174,69 @@ fn a_question_is_answered_and_labels_are_ranked() {
 }
 
 #[test]
+fn records_of_another_question_are_not_taken_for_done() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["answers.jsonl", "answers.csv"] {
+        let output = dir.path().join(name);
+        let output_name = output.display().to_string();
+        let ask =
+            |question| ["ask", "420.jpg", question, "--max-new-tokens", "2", "-o", output_name.as_str()];
+        stdout(&idefics("tiny", &ask("What color?")));
+        let before = fs::read_to_string(&output).unwrap();
+        let message = refusal("tiny", &ask("How many?"));
+        assert!(message.contains("another job") && message.contains("What color?"), "{message}");
+        let caption = ["caption", "420.jpg", "-o", output_name.as_str()];
+        assert!(refusal("tiny", &caption).contains("caption"));
+        assert_eq!(fs::read_to_string(&output).unwrap(), before, "{name}");
+        stdout(&idefics("tiny", &ask("What color?")));
+        assert_eq!(fs::read_to_string(&output).unwrap(), before, "{name}");
+    }
+}
+
+/// Presses Ctrl-C as soon as a batch has its first line of stdout, and returns the whole lines and stderr.
+#[cfg(unix)]
+fn interrupted(args: &[&str]) -> (Vec<Value>, String) {
+    use std::io::{BufRead, BufReader, Read};
+    let mut child = Command::new(env!("CARGO_BIN_EXE_idefics"))
+        .args(args)
+        .arg("--model")
+        .arg(fixtures().join("tiny"))
+        .current_dir(fixtures().join("processor"))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("the command runs");
+    let mut reader = BufReader::new(child.stdout.take().unwrap());
+    let mut text = String::new();
+    reader.read_line(&mut text).unwrap();
+    let pid = child.id();
+    assert!(
+        Command::new("sh").args(["-c", &format!("kill -INT {pid}")]).status().expect("`kill` runs").success()
+    );
+    reader.read_to_string(&mut text).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+    (lines(&text), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+#[cfg(unix)]
+fn a_batch_that_is_stopped_says_so_and_leaves_whole_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompts.jsonl");
+    fs::write(&file, "{\"prompt\": [{\"text\": \"one\"}]}\n".repeat(3000)).unwrap();
+    let file = file.display().to_string();
+    let long = ["--json", "--batch-size", "2", "--max-new-tokens", "60"];
+    let (answers, stderr) = interrupted(&[&["generate", "--prompts", &file][..], &long].concat());
+    assert!(answers.iter().all(|answer| answer["finish_reason"] != "cancelled"), "{answers:?}");
+    let told = format!("stopped after {} of 3000 prompts", answers.len());
+    assert!(stderr.contains(&told), "{told}: {stderr}");
+    let pictures = ["420.jpg"; 1000];
+    let (answers, stderr) = interrupted(&[&["ask"][..], &pictures, &["Who?"], &long].concat());
+    assert!(stderr.contains(&format!("stopped after {} of 1000 pictures", answers.len())), "{stderr}");
+}
+
+#[test]
 fn mistakes_end_in_one_clear_line() {
     let long = "a b ".repeat(200);
     for (args, word) in [
@@ -188,6 +251,10 @@ fn mistakes_end_in_one_clear_line() {
         (&["generate", "x", "--threads", "0"], "--threads"),
         (&["classify", "420.jpg", "--labels", "cat"], "--labels"),
         (&["ask", "420.jpg", " "], "question"),
+        (&["ask", "420.jpg", "Who?", "-n", "3", "--sample"], "--num-return-sequences"),
+        (&["caption", "420.jpg", "--logprobs"], "--logprobs"),
+        (&["serve", "--port", "0", "--add-end-of-utterance", "always"], "--add-end-of-utterance"),
+        (&["serve", "--port", "0", "--cors-origin", "https://ui.example/"], "https://ui.example/"),
         (&["score", "--prompts", "/missing.jsonl"], "/missing.jsonl"),
         (&["caption", "420.jpg", "-o", "/missing/x.csv"], "/missing/x.csv"),
     ] {

@@ -22,10 +22,12 @@ use crate::{
 /// A body must come at least so fast, once `read_timeout` is over.
 const BYTES_PER_SECOND: f64 = 32.0 * 1024.0;
 
-/// Bodies that are too large are read and thrown away up to so much and so long, since most clients look for an
-/// answer only when all is sent.
-const DISCARD_BYTES: usize = 256 << 20;
+/// What is thrown away of a refused request, at most and so long.
+pub(crate) const DISCARD_BYTES: usize = 256 << 20;
 const DISCARD_TIME: Duration = Duration::from_secs(10);
+
+/// The same where nobody has shown a key: as much as an honest mistake sends.
+pub(crate) const DISCARD_BYTES_OF_STRANGERS: usize = 8 << 20;
 
 /// Parsing a larger body would hold up other requests of the thread.
 const PARSE_ASIDE_BYTES: usize = 64 << 10;
@@ -61,6 +63,7 @@ async fn read_with<T: Send + 'static>(
     parse: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<(T, Upload), ApiError> {
     if !is_json(request.headers()) {
+        discard_request(request, DISCARD_BYTES).await;
         return Err(ApiError::new(Kind::MediaType, "expected `content-type: application/json`"));
     }
     let (bytes, upload) = read(app, request.into_body()).await?;
@@ -81,7 +84,8 @@ async fn read(app: &App, mut body: Body) -> Result<(Vec<u8>, Upload), ApiError> 
     let mut permit: Option<OwnedSemaphorePermit> = None;
     let announced = axum::body::HttpBody::size_hint(&body).lower();
     if announced > limits.body_bytes as u64 {
-        return Err(too_large(body, limits.body_bytes).await);
+        discard(body, DISCARD_BYTES).await;
+        return Err(too_large(limits.body_bytes));
     }
     loop {
         let allowed = limits.read_timeout + Duration::from_secs_f64(bytes.len() as f64 / BYTES_PER_SECOND);
@@ -95,17 +99,18 @@ async fn read(app: &App, mut body: Body) -> Result<(Vec<u8>, Upload), ApiError> 
         let Ok(data) = frame.into_data() else { continue };
         if bytes.len() + data.len() > limits.body_bytes {
             drop((bytes, permit));
-            return Err(too_large(body, limits.body_bytes).await);
+            discard(body, DISCARD_BYTES).await;
+            return Err(too_large(limits.body_bytes));
         }
         bytes.extend_from_slice(&data);
         let held = permit.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
         let missing = bytes.len().div_ceil(UPLOAD_UNIT).saturating_sub(held);
         if missing > 0 {
-            let new = app.uploads.clone().try_acquire_many_owned(missing as u32).map_err(|_| {
-                ApiError::new(Kind::Overloaded, "too many large requests at once; try again later")
-                    .code("uploads_full")
-                    .retry_after(Duration::from_secs(1))
-            })?;
+            let Ok(new) = app.uploads.clone().try_acquire_many_owned(missing as u32) else {
+                drop((bytes, permit));
+                discard(body, DISCARD_BYTES).await;
+                return Err(uploads_full());
+            };
             match &mut permit {
                 Some(permit) => permit.merge(new),
                 None => permit = Some(new),
@@ -115,15 +120,32 @@ async fn read(app: &App, mut body: Body) -> Result<(Vec<u8>, Upload), ApiError> 
     Ok((bytes, Upload(permit)))
 }
 
-async fn too_large(mut body: Body, limit: usize) -> ApiError {
+/// Reads the body of a refused request and throws it away, up to `most` bytes: most clients look for an answer only
+/// when all is sent, and a connection that ends before is reset, with the answer lost.
+pub(crate) async fn discard_request(request: Request, most: usize) {
+    // A client that expects a word before it sends its body gets the refusal in its place.
+    if !request.headers().contains_key(header::EXPECT) {
+        discard(request.into_body(), most).await;
+    }
+}
+
+async fn discard(mut body: Body, most: usize) {
     let deadline = Instant::now() + DISCARD_TIME;
     let mut discarded = 0;
-    while let Ok(Some(Ok(frame))) = timeout_at(deadline, body.frame()).await {
+    while discarded <= most
+        && let Ok(Some(Ok(frame))) = timeout_at(deadline, body.frame()).await
+    {
         discarded += frame.data_ref().map_or(0, axum::body::Bytes::len);
-        if discarded > DISCARD_BYTES {
-            break;
-        }
     }
+}
+
+fn uploads_full() -> ApiError {
+    ApiError::new(Kind::Overloaded, "too many large requests at once; try again later")
+        .code("uploads_full")
+        .retry_after(Duration::from_secs(1))
+}
+
+fn too_large(limit: usize) -> ApiError {
     ApiError::new(Kind::TooLarge, format!("the request has more than {limit} bytes, the limit"))
         .code("request_too_large")
 }

@@ -10,6 +10,7 @@ use axum::{
 };
 
 use crate::{
+    body::{DISCARD_BYTES, DISCARD_BYTES_OF_STRANGERS, discard_request},
     error::{ApiError, Kind},
     options::ServerOptions,
     pages,
@@ -27,6 +28,7 @@ pub(crate) async fn gate(State(app): State<Arc<App>>, request: Request, next: Ne
         return next.run(request).await;
     }
     if !is_host_allowed(&app.options, &request) {
+        discard_request(request, DISCARD_BYTES_OF_STRANGERS).await;
         let message = "this server does not answer by that host name; see its option for allowed hosts";
         return ApiError::new(Kind::Forbidden, message).code("host_not_allowed").into_response();
     }
@@ -36,6 +38,7 @@ pub(crate) async fn gate(State(app): State<Arc<App>>, request: Request, next: Ne
         let message = "expected an API key of this server as `Authorization: Bearer KEY`";
         let mut response = ApiError::new(Kind::Unauthorized, message).code("invalid_api_key").into_response();
         response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+        discard_request(request, DISCARD_BYTES_OF_STRANGERS).await;
         return response;
     }
     next.run(request).await
@@ -46,10 +49,25 @@ pub(crate) async fn place(State(app): State<Arc<App>>, mut request: Request, nex
     let figures = request.extensions().get::<Arc<AnswerFigures>>().cloned().unwrap_or_default();
     let place = match app.service().and_then(|_| app.place(figures)) {
         Ok(place) => place,
-        Err(error) => return error.into_response(),
+        Err(error) => {
+            discard_request(request, DISCARD_BYTES).await;
+            return error.into_response();
+        }
     };
     request.extensions_mut().insert(Arc::new(place));
     next.run(request).await
+}
+
+/// The answer where there is no such route.
+pub(crate) async fn no_route(request: Request) -> ApiError {
+    discard_request(request, DISCARD_BYTES).await;
+    ApiError::new(Kind::NotFound, "there is no such route")
+}
+
+/// The answer where a route has other methods.
+pub(crate) async fn no_method(request: Request) -> ApiError {
+    discard_request(request, DISCARD_BYTES).await;
+    ApiError::new(Kind::MethodNotAllowed, "this route has other methods")
 }
 
 /// Whether the name that was called for is one of ours.

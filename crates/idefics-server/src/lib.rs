@@ -43,5 +43,6 @@ pub use auth::{ApiKeys, KeyError};
 pub use backend::Backend;
 pub use listen::{ServeError, Server};
 pub use options::{Limits, Sandbox, ServerOptions};
+pub use router::WrongOrigin;
 pub use service::{Loaded, ModelCard};
 pub use trace::Traces;

@@ -2,7 +2,7 @@
 //!
 //! Not `axum::serve`, which has no limit on how slowly a client may send its head or take its answer.
 
-use std::{error::Error, future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::Router;
 use hyper::server::conn::http1;
@@ -13,14 +13,14 @@ use hyper_util::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::{Semaphore, mpsc, watch},
     time::{sleep, timeout},
 };
 use tokio_io_timeout::TimeoutStream;
 
 use crate::{
     options::ServerOptions,
-    router::router,
+    router::{WrongOrigin, router},
     service::{Loaded, Service},
     state::App,
     trace::Exporter,
@@ -36,6 +36,7 @@ const PARSE_THREADS: usize = 4;
 /// A server that listens and has no model yet.
 pub struct Server {
     app: Arc<App>,
+    router: Router,
     listener: std::net::TcpListener,
 }
 
@@ -51,6 +52,9 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// Pages are allowed to call that no browser could name.
+    #[error(transparent)]
+    Origin(#[from] WrongOrigin),
     /// The threads or signal handlers cannot be started.
     #[error("cannot start the server")]
     Start(#[source] io::Error),
@@ -76,7 +80,10 @@ impl Server {
         let listener = std::net::TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let traces = Exporter::start(&options.traces).map_err(ServeError::Traces)?;
-        Ok(Self { app: Arc::new(App::new(options, traces)), listener })
+        let app = Arc::new(App::new(options, traces));
+        // Here and not in the task that accepts: what is wrong with the options ends the start.
+        let router = router(&app)?;
+        Ok(Self { app, router, listener })
     }
 
     /// The address, with the port that was given where port 0 was asked for.
@@ -91,7 +98,7 @@ impl Server {
     }
 
     /// Loads the model and serves until the process is asked to end (SIGTERM, SIGINT), then lets running answers
-    /// finish.
+    /// finish, unless it is asked again.
     pub fn run(
         self,
         load: impl FnOnce() -> Result<Loaded, Box<dyn Error + Send + Sync>> + Send + 'static,
@@ -104,27 +111,34 @@ impl Server {
             .build()
             .map_err(ServeError::Start)?;
         let result = runtime.block_on(async {
-            let end = signal().map_err(ServeError::Start)?;
-            self.serve(load, end).await
+            let mut signals = Signals::watch().map_err(ServeError::Start)?;
+            let (sender, ends) = mpsc::unbounded_channel();
+            tokio::spawn(async move {
+                loop {
+                    signals.next().await;
+                    // The server has ended already if this fails.
+                    let _ = sender.send(());
+                }
+            });
+            self.serve(load, ends).await
         });
         // Whoever still decodes a picture does it for nobody.
         runtime.shutdown_timeout(Duration::from_millis(100));
         result
     }
 
-    /// The same until `end`, on a runtime that is there.
+    /// The same until `ends` says so, or has no sender any more, on a runtime that is there.
     pub(crate) async fn serve(
         self,
         load: impl FnOnce() -> Result<Loaded, Box<dyn Error + Send + Sync>> + Send + 'static,
-        end: impl Future<Output = ()>,
+        mut ends: mpsc::UnboundedReceiver<()>,
     ) -> Result<(), ServeError> {
         let app = self.app;
         let address = app.options.address;
         let listener =
             TcpListener::from_std(self.listener).map_err(|source| ServeError::Listen { address, source })?;
         let (stop, stopped) = watch::channel(());
-        let accepting = tokio::spawn(accept(app.clone(), listener, stopped));
-        tokio::pin!(end);
+        let accepting = tokio::spawn(accept(app.clone(), self.router, listener, stopped));
         let ready = async {
             get_ready(&app, load).await?;
             Ok(())
@@ -132,14 +146,14 @@ impl Server {
         let result = tokio::select! {
             result = ready => match result {
                 Ok(()) => {
-                    end.await;
+                    ends.recv().await;
                     Ok(())
                 }
                 error => error,
             },
-            () = &mut end => Ok(()),
+            _ = ends.recv() => Ok(()),
         };
-        drain(&app).await;
+        drain(&app, &mut ends).await;
         drop(stop);
         // The loop has ended, and with it its connections, or it panicked, and there are none.
         let _ = accepting.await;
@@ -187,8 +201,9 @@ async fn get_ready(
     Ok(())
 }
 
-/// Refuses new requests and waits for those that are there, as long as they may take.
-async fn drain(app: &App) {
+/// Refuses new requests and waits for those that are there, as long as they may take, and not beyond a second word
+/// from `ends`.
+async fn drain(app: &App, ends: &mut mpsc::UnboundedReceiver<()>) {
     app.set_draining();
     let waiting = app.requests_in_progress();
     tracing::info!(requests = waiting, "ending");
@@ -197,7 +212,11 @@ async fn drain(app: &App) {
             sleep(Duration::from_millis(20)).await;
         }
     };
-    if timeout(app.options.limits.drain_timeout, idle).await.is_err() {
+    let is_idle = tokio::select! {
+        result = timeout(app.options.limits.drain_timeout, idle) => result.is_ok(),
+        Some(()) = ends.recv() => false,
+    };
+    if !is_idle {
         tracing::warn!(requests = app.requests_in_progress(), "answers cut off");
     }
     if let Some(service) = app.loaded() {
@@ -206,8 +225,7 @@ async fn drain(app: &App) {
 }
 
 /// Accepts until told to stop, then lets connections end.
-async fn accept(app: Arc<App>, listener: TcpListener, mut stopped: watch::Receiver<()>) {
-    let router = router(&app);
+async fn accept(app: Arc<App>, router: Router, listener: TcpListener, mut stopped: watch::Receiver<()>) {
     let limits = &app.options.limits;
     let places = Arc::new(Semaphore::new(limits.connections));
     let graceful = GracefulShutdown::new();
@@ -259,26 +277,43 @@ fn connection(
         .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router))
 }
 
-/// Ends when the process is asked to.
+/// What asks the process to end.
 #[cfg(unix)]
-fn signal() -> io::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
 }
 
+#[cfg(unix)]
+impl Signals {
+    fn watch() -> io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// What asks the process to end.
 #[cfg(not(unix))]
-fn signal() -> io::Result<impl Future<Output = ()>> {
-    Ok(async {
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    #[expect(clippy::unnecessary_wraps, reason = "as on other systems")]
+    fn watch() -> io::Result<Self> {
+        Ok(Self)
+    }
+
+    async fn next(&mut self) {
         // Without a handler there is no signal to wait for.
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }
-    })
+    }
 }

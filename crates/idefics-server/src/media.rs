@@ -72,6 +72,23 @@ pub(crate) fn check_count(prompt: &Prompt, limits: &Limits) -> Result<(), ApiErr
     Ok(())
 }
 
+/// Refuses words that cannot fit, however they are made tokens: of millions of bytes that alone takes seconds.
+pub(crate) fn check_bytes(service: &Service, prompt: &Prompt, max_tokens: usize) -> Result<(), ApiError> {
+    let bytes = |segment: &Segment| match segment {
+        Segment::Text(text) => text.len(),
+        Segment::Image(_) => 0,
+    };
+    let got: usize = prompt.iter().map(bytes).sum();
+    let limit = max_tokens.saturating_mul(service.longest_token);
+    if got <= limit {
+        return Ok(());
+    }
+    let message = format!(
+        "the prompt has {got} bytes of words, and the model's context of {max_tokens} tokens has room for {limit} at most"
+    );
+    Err(ApiError::new(Kind::Invalid, message).code("context_length_exceeded"))
+}
+
 /// The model's inputs for a prompt.
 pub(crate) async fn process(
     app: &Arc<App>,
@@ -79,6 +96,7 @@ pub(crate) async fn process(
     wanted: Wanted,
 ) -> Result<SequenceInputs, ApiError> {
     check_count(&wanted.prompt, &app.options.limits)?;
+    check_bytes(service, &wanted.prompt, wanted.max_tokens)?;
     if let Some(Segment::Image(ImageSource::Url(_))) =
         wanted.prompt.iter().find(|segment| matches!(segment, Segment::Image(ImageSource::Url(_))))
         && !app.options.fetch.enabled

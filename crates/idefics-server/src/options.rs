@@ -16,7 +16,7 @@ pub struct ServerOptions {
     /// Names by which the server may be called, beside addresses and `localhost`. Where it listens on loopback, a
     /// request for any other name is refused: a web page could have pointed its own name at this machine.
     pub allowed_hosts: Vec<String>,
-    /// Origins whose pages may call the server from a browser. None by default.
+    /// Origins whose pages may call the server from a browser, or `*` for all. None by default.
     pub cors_origins: Vec<String>,
     /// What one request, and all together, may cost.
     pub limits: Limits,
@@ -72,11 +72,12 @@ pub struct Limits {
     pub top_logprobs: usize,
     /// Tokens in `logit_bias`.
     pub biases: usize,
-    /// Time for the head of a request, and between the parts of its body.
+    /// Time for the head of a request, and as much again for its body, which gets a second more for every 32 KiB
+    /// that have come.
     pub read_timeout: Duration,
     /// Time for a client to take what was sent.
     pub write_timeout: Duration,
-    /// Time for an answer, from its first token on; what is there by then is returned.
+    /// Time for an answer, from when it has its place in the engine; what is there by then is returned.
     pub answer_timeout: Duration,
     /// Time that answers get to finish when the server is asked to end.
     pub drain_timeout: Duration,

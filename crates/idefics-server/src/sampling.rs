@@ -25,6 +25,7 @@ pub(crate) struct Sampling {
     pub(crate) seed: Option<u64>,
     /// Said by the request; shaping a draw says it too.
     pub(crate) do_sample: Option<bool>,
+    /// Written, of which the best may be all that is returned.
     pub(crate) answers: usize,
 }
 
@@ -38,8 +39,10 @@ impl Sampling {
             (Some(said), _) => said,
             (None, _) => config.do_sample || is_shaped,
         };
-        // What a request leaves open is off, not 50 as in transformers: these dialects know no such default.
-        config.top_k = self.top_k.unwrap_or(0);
+        // What neither the request nor the checkpoint says is off, not 50 as in transformers: these dialects know no
+        // such default.
+        let proposed = Some(config.top_k).filter(|&top_k| top_k != GenerationConfig::default().top_k);
+        config.top_k = self.top_k.or(proposed).unwrap_or(0);
         set(&mut config.temperature, self.temperature.filter(|&temperature| temperature > 0.0));
         set(&mut config.top_p, self.top_p);
         config.min_p = self.min_p.or(config.min_p);
@@ -170,6 +173,22 @@ mod tests {
             with(Sampling { do_sample: Some(false), top_k: Some(5), ..Default::default() }),
             (false, 1.0, 5, 1)
         );
+    }
+
+    #[test]
+    fn a_checkpoints_own_top_k_holds_and_the_default_of_transformers_does_not() {
+        for (proposed, asked, expected) in [
+            (50, None, 0),
+            (10, None, 10),
+            (0, None, 0),
+            (10, Some(5), 5),
+            (10, Some(0), 0),
+            (50, Some(50), 50),
+        ] {
+            let mut config = GenerationConfig { top_k: proposed, ..Default::default() };
+            Sampling { top_k: asked, ..Default::default() }.apply(&mut config);
+            assert_eq!(config.top_k, expected, "{proposed} {asked:?}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{
     ops::ControlFlow,
     sync::{Arc, OnceLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use idefics::{
@@ -57,6 +57,8 @@ pub struct ModelCard {
 pub(crate) struct Service {
     loaded: Loaded,
     pub(crate) form: Form,
+    /// Most bytes that one token stands for.
+    pub(crate) longest_token: usize,
     /// Made when the first answer of a given form is asked for.
     vocabulary: OnceLock<Result<Vocabulary, String>>,
 }
@@ -150,7 +152,11 @@ pub(crate) enum Next {
 
 impl Service {
     pub(crate) fn new(loaded: Loaded) -> Self {
-        Self { form: Form::of(&loaded.processor), loaded, vocabulary: OnceLock::new() }
+        let tokenizer = loaded.processor.tokenizer();
+        let bytes = |id| tokenizer.token_bytes(id).len();
+        let longest_token = (0..tokenizer.id_bound()).map(bytes).max().unwrap_or(0);
+        let form = Form::of(&loaded.processor);
+        Self { form, longest_token, loaded, vocabulary: OnceLock::new() }
     }
 
     pub(crate) fn backend(&self) -> &Arc<dyn Backend> {
@@ -362,6 +368,7 @@ impl Answer {
 pub(crate) fn shut_down() -> ApiError {
     ApiError::new(Kind::Unavailable, "the server was shut down before the answer was complete")
         .code("shutting_down")
+        .retry_after(Duration::from_secs(5))
 }
 
 fn model_failed(error: GenerateError) -> ApiError {

@@ -90,7 +90,7 @@ impl TestServer {
     pub(crate) fn loading(options: ServerOptions) -> Self {
         let traces = Exporter::start(&options.traces).unwrap();
         let app = Arc::new(App::new(options, traces));
-        Self { router: router(&app), app, engine: Arc::new(NoEngine) }
+        Self { router: router(&app).unwrap(), app, engine: Arc::new(NoEngine) }
     }
 
     pub(crate) async fn send(&self, request: Request<Body>) -> Reply {

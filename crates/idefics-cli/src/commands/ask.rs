@@ -4,7 +4,7 @@ use anyhow::bail;
 use serde_json::json;
 
 use crate::{
-    images::{self, Record, RecordArgs},
+    images::{self, Job, Record, RecordArgs},
     model::ModelArgs,
     options::GenerationArgs,
     task::{TaskAnswer, answer_images},
@@ -39,6 +39,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         bail!("the question is empty");
     }
     let images = images::expand(images)?;
+    args.generation.refuse_more_than_text()?;
     let loaded = args.model.load()?;
     let record = |image: &str, answer: &TaskAnswer| Record {
         fields: vec![
@@ -49,5 +50,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ],
         text: answer.text.clone(),
     };
-    answer_images(&args.records, &loaded, &args.generation, &Task::Answer { question }, &images, record)
+    let fields = &["image", "question", "answer", "finish_reason"];
+    let job = Job { fields, question: Some(question), labels: &[] };
+    let task = Task::Answer { question };
+    answer_images(&args.records, &loaded, &args.generation, &task, &job, &images, record)
 }

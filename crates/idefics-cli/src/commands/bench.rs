@@ -87,7 +87,7 @@ pub(crate) struct Args {
 
     /// Compare what packed weights and rounded products cost instead of timing: the divergence of the distributions
     /// over the next token from those of the weights as they are, in f32
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["dtype", "prefill", "batches", "images", "rounds"])]
     quality: bool,
 
     /// Time the peers of reference/ too, in turns with this program, where their Python packages are installed
@@ -431,6 +431,23 @@ fn quality_table(found: &[Quality], tokens: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quality_takes_no_option_of_timing() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let parse = |args: &[&str]| {
+            let line = [&["bench", "--quality"][..], args].concat();
+            <Line as clap::Parser>::try_parse_from(line).map(|line| line.args.quality)
+        };
+        assert!(parse(&["--json"]).expect("the report as JSON"));
+        for option in ["--dtype=f32", "--prefill=8", "--batches=1", "--images=1", "--rounds=2"] {
+            assert!(parse(&[option]).is_err(), "{option}");
+        }
+    }
 
     #[test]
     fn a_shape_is_a_size_or_a_configuration() {

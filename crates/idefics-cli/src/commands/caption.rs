@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::{
-    images::{self, Record, RecordArgs},
+    images::{self, Job, Record, RecordArgs},
     model::ModelArgs,
     options::GenerationArgs,
     task::{TaskAnswer, answer_images},
@@ -32,6 +32,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let images = images::expand(&args.images)?;
+    args.generation.refuse_more_than_text()?;
     let loaded = args.model.load()?;
     let record = |image: &str, answer: &TaskAnswer| Record {
         fields: vec![
@@ -41,5 +42,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ],
         text: answer.text.clone(),
     };
-    answer_images(&args.records, &loaded, &args.generation, &Task::Caption, &images, record)
+    let job = Job { fields: &["image", "caption", "finish_reason"], question: None, labels: &[] };
+    answer_images(&args.records, &loaded, &args.generation, &Task::Caption, &job, &images, record)
 }

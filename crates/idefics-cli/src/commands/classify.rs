@@ -11,7 +11,7 @@ use idefics::{
 use serde_json::json;
 
 use crate::{
-    images::{self, Record, RecordArgs},
+    images::{self, Job, Record, RecordArgs},
     model::{Loaded, ModelArgs},
     prompts::image_source,
     templates::Task,
@@ -63,7 +63,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let loaded = args.model.load()?;
     let form = Form::of(&loaded.processor);
     let is_alone = images.len() == 1;
-    images::run(&args.records, &images, |batch| {
+    let fields = &["image", "label", "probability", "labels"];
+    let job = Job { fields, question: None, labels: &labels };
+    images::run(&args.records, &job, &images, |batch| {
         let classify = |image: &String| {
             let scored = score_labels(&loaded, form, &labels, image)?;
             Ok(record(image, &rank(&labels, &scored, args.score), is_alone))

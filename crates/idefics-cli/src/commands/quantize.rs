@@ -2,7 +2,6 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use anyhow::Context;
 use clap::ValueEnum;
 use idefics::{
     checkpoint::Part,
@@ -10,7 +9,7 @@ use idefics::{
 };
 use indicatif::HumanBytes;
 
-use crate::{output, progress::ByteProgress, source::files_of};
+use crate::{model::start_threads, output, progress::ByteProgress, source::files_of};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -51,8 +50,8 @@ pub(crate) struct Args {
     max_shard_gb: f64,
 
     /// Threads to compute with [default: all processors]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    threads: Option<u32>,
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
 
     /// Print one JSON object
     #[arg(long)]
@@ -121,10 +120,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         (FormatName::Q8, true) => anyhow::bail!("--double-quant: only nf4 has scales of that kind"),
         (format, false) => format.plain(),
     };
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads as usize);
-        pool.build_global().context("cannot start the threads")?;
-    }
+    start_threads(args.threads)?;
     let parts: BTreeSet<Part> = args.parts.iter().map(|name| Part::from(*name)).collect();
     let quantizer = Quantizer::open(files_of(&args.model)?, &Recipe { format, parts })?
         .with_max_shard_bytes((args.max_shard_gb * 1e9) as u64)?;

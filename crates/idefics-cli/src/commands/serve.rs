@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use idefics::{
     config::IdeficsConfig,
     generate::{Engine, EngineOptions, Memory, Scheduler},
-    processor::FetchPolicy,
+    processor::{AddEndOfUtterance, FetchPolicy},
 };
 use idefics_server::{
     ApiKeys, Limits, Loaded, ModelCard, Sandbox, Server, ServerOptions, Traces,
@@ -24,7 +24,7 @@ use crate::{model::ModelArgs, output};
 /// Serve a model over HTTP: OpenAI's and text-generation-inference's dialects, metrics, a web chat
 ///
 /// Listens on this machine alone, fetches no pictures, and takes at most as much as the limits below say. SIGTERM
-/// lets running answers finish.
+/// or Ctrl-C lets running answers finish; a second one does not.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  idefics serve -m HuggingFaceM4/idefics-9b-instruct --quantize nf4\n  \
     curl localhost:8080/v1/chat/completions -H 'content-type: application/json' \\\n    \
@@ -71,7 +71,8 @@ struct NetworkArgs {
     #[arg(long = "allowed-host", value_name = "NAME")]
     allowed_hosts: Vec<String>,
 
-    /// Origin whose pages may call the server from a browser; may be given several times
+    /// Origin whose pages may call the server from a browser, such as `https://ui.example`, or `*` for all; may be given
+    /// several times
     #[arg(long = "cors-origin", value_name = "ORIGIN")]
     cors_origins: Vec<String>,
 
@@ -120,7 +121,7 @@ struct LimitArgs {
     #[arg(long, value_name = "N", default_value_t = Limits::default().default_tokens)]
     default_max_tokens: usize,
 
-    /// Seconds that an answer may take
+    /// Seconds that an answer may take once it has its place among those that are written
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().answer_timeout.as_secs())]
     answer_timeout: u64,
 
@@ -128,7 +129,8 @@ struct LimitArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().drain_timeout.as_secs())]
     drain_timeout: u64,
 
-    /// Seconds that a client may take to send the head of a request, or to go on with its body
+    /// Seconds that a client may take to send the head of a request, and as many for its body, with one more for every
+    /// 32 KiB of it
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().read_timeout.as_secs())]
     read_timeout: u64,
 
@@ -204,6 +206,10 @@ fn stored_as(config: &IdeficsConfig) -> String {
 
 fn server_options(args: &Args) -> anyhow::Result<ServerOptions> {
     let network = &args.network;
+    let images = args.model.process_options();
+    if images.add_end_of_utterance == AddEndOfUtterance::Always {
+        bail!("--add-end-of-utterance: a server writes the ends of turns itself");
+    }
     let keys = api_keys(network)?;
     if keys.is_empty() && !network.host.is_loopback() && !network.without_api_keys {
         bail!(
@@ -212,7 +218,6 @@ fn server_options(args: &Args) -> anyhow::Result<ServerOptions> {
             network.host
         );
     }
-    let images = args.model.process_options();
     Ok(ServerOptions {
         address: SocketAddr::new(network.host, network.port),
         keys,

@@ -53,6 +53,37 @@ impl Head {
     }
 }
 
+/// Where an answer begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// Behind `Assistant:`. The space in front belongs to the form of the dialogue.
+    Turn,
+    /// Behind words of the assistant, which it continues. A space in front is what keeps the words apart.
+    Midst,
+}
+
+impl Start {
+    /// Of the answer to a dialogue, by what its prompt ends with.
+    fn of(turns: &[Turn]) -> Self {
+        let last = turns.iter().rfind(|turn| turn.role != Role::System);
+        let open = last.filter(|turn| turn.role == Role::Assistant).and_then(|turn| turn.content.last());
+        let is_midst = |segment: &Segment| match segment {
+            // A space at their end was taken off the prompt, and is not to come twice.
+            Segment::Text(words) => words.ends_with(|last: char| !last.is_whitespace()),
+            Segment::Image(_) => true,
+        };
+        if open.is_some_and(is_midst) { Self::Midst } else { Self::Turn }
+    }
+
+    /// The text of an answer that begins here.
+    pub(super) fn text_of(self, text: &str) -> &str {
+        match self {
+            Self::Turn => text.trim_start(),
+            Self::Midst => text,
+        }
+    }
+}
+
 /// The assistant's answer to a dialogue of texts and pictures.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "OpenAI", request_body = WithCommon<ChatRequest>,
     responses((status = 200, description = "The answer, or server-sent events of `ChatChunk` that end with `[DONE]`",
@@ -71,6 +102,7 @@ pub(crate) async fn chat(
     let answer_form = answer_form(request.response_format.as_ref())?;
     let include_usage = request.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
     let turns = turns(request.messages, &app.options.limits)?;
+    let start = Start::of(&turns);
     let words = Words::Segments(dialogue(service.form, &turns), DIALOGUE_END_OF_UTTERANCE);
     let reports_logprobs = config.logprobs.is_some();
     let hears = Hears::of(request.stream);
@@ -79,11 +111,11 @@ pub(crate) async fn chat(
     let head = Head::new("chatcmpl", &service);
     if hears == Hears::Tokens {
         let usage = include_usage.then_some(());
-        return Ok(chat_stream::respond(&app, service, answer, head, answers, usage));
+        return Ok(chat_stream::respond(&app, service, answer, head, answers, start, usage));
     }
     let prompt = answer.prompt;
     let generated = answer.finish().await?;
-    Ok(Json(response(&service, head, prompt, &generated, answers, reports_logprobs)).into_response())
+    Ok(Json(response(&service, head, prompt, &generated, answers, start, reports_logprobs)).into_response())
 }
 
 fn response(
@@ -92,6 +124,7 @@ fn response(
     prompt: PromptFacts,
     generated: &Generated,
     answers: usize,
+    start: Start,
     reports_logprobs: bool,
 ) -> ChatResponse {
     let tokenizer = service.processor().tokenizer();
@@ -99,8 +132,7 @@ fn response(
         index,
         message: AnswerMessage {
             role: "assistant",
-            // `Assistant:` ends the prompt, so an answer begins with a space that belongs to the form.
-            content: sequence.text.as_deref().unwrap_or_default().trim_start().to_owned(),
+            content: start.text_of(sequence.text.as_deref().unwrap_or_default()).to_owned(),
             refusal: None,
         },
         logprobs: reports_logprobs.then(|| logprobs::chat(tokenizer, &sequence.logprobs)),
@@ -144,7 +176,8 @@ fn options(
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(ApiError::unsupported("modalities", "any output but text"));
     }
-    let (mut config, answers) = common_options(limits, service, common)?;
+    let answers = answers(limits, common)?;
+    let mut config = common_options(limits, service, common, answers)?;
     let max = count("max_completion_tokens", request.max_completion_tokens, 1..=MAX_TOKENS)?.or(count(
         "max_tokens",
         request.max_tokens,
@@ -164,14 +197,19 @@ fn options(
     Ok((config, answers))
 }
 
-/// What chat and plain completions have in common.
+/// How many answers are returned.
+pub(super) fn answers(limits: &Limits, common: &Common) -> Result<usize, ApiError> {
+    Ok(count("n", common.n, 1..=limits.answers)?.unwrap_or(1))
+}
+
+/// What chat and plain completions have in common, where so many answers are written.
 pub(super) fn common_options(
     limits: &Limits,
     service: &Service,
     common: &Common,
-) -> Result<(GenerationConfig, usize), ApiError> {
+    written: usize,
+) -> Result<GenerationConfig, ApiError> {
     let penalty = |param, value| number(param, value, |x| (-2.0..=2.0).contains(&x), "from -2 to 2");
-    let answers = count("n", common.n, 1..=limits.answers)?.unwrap_or(1);
     let sampling = Sampling {
         temperature: number("temperature", common.temperature, |x| (0.0..=2.0).contains(&x), "from 0 to 2")?,
         top_p: number("top_p", common.top_p, |x| (0.0..=1.0).contains(&x), "from 0 to 1")?,
@@ -188,7 +226,7 @@ pub(super) fn common_options(
         presence_penalty: penalty("presence_penalty", common.presence_penalty)?,
         seed: sampling::seed(common.seed.as_ref())?,
         do_sample: None,
-        answers,
+        answers: written,
     };
     let mut config = service.generation().clone();
     sampling.apply(&mut config);
@@ -203,7 +241,7 @@ pub(super) fn common_options(
         let vocab_size = service.backend().vocab_size();
         config.sequence_bias.extend(sampling::biases(biases, vocab_size, limits.biases)?);
     }
-    Ok((config, answers))
+    Ok(config)
 }
 
 /// Lengths count new tokens, whatever the checkpoint proposes.

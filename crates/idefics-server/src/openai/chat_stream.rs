@@ -10,7 +10,7 @@ use futures_util::stream;
 use idefics::generate::{Event, FinishReason, Generated};
 
 use super::{
-    chat::{Head, usage},
+    chat::{Head, Start, usage},
     data, error_event, fingerprint, finish_reason, logprobs,
     types::{ChatChunk, ChunkChoice, Delta, Usage},
 };
@@ -26,11 +26,20 @@ pub(super) fn respond(
     answer: Answer,
     head: Head,
     answers: usize,
+    start: Start,
     include_usage: Option<()>,
 ) -> Response {
     let choices = (0..answers).map(|_| Choice::default()).collect();
-    let mut chunks =
-        Chunks { service, answer, head, choices, include_usage, ready: VecDeque::new(), is_over: false };
+    let mut chunks = Chunks {
+        service,
+        answer,
+        head,
+        start,
+        choices,
+        include_usage,
+        ready: VecDeque::new(),
+        is_over: false,
+    };
     chunks.begin();
     let events = stream::unfold(chunks, |mut chunks| async {
         let event = chunks.next().await?;
@@ -49,6 +58,7 @@ struct Chunks {
     service: Arc<Service>,
     answer: Answer,
     head: Head,
+    start: Start,
     choices: Vec<Choice>,
     include_usage: Option<()>,
     ready: VecDeque<SseEvent>,
@@ -102,8 +112,7 @@ impl Chunks {
         let tokenizer = self.service.processor().tokenizer().clone();
         let logprobs = event.logprob.as_ref().map(|it| logprobs::chat(&tokenizer, std::slice::from_ref(it)));
         let choice = &mut self.choices[index];
-        // `Assistant:` ends the prompt, so an answer begins with a space that belongs to the form.
-        let text = if choice.has_text { event.text.as_str() } else { event.text.trim_start() };
+        let text = if choice.has_text { event.text.as_str() } else { self.start.text_of(&event.text) };
         choice.has_text |= !text.is_empty();
         if !text.is_empty() || logprobs.is_some() {
             let delta = Delta { role: None, content: Some(text.to_owned()) };

@@ -20,7 +20,7 @@ use idefics::{
 };
 
 use super::{
-    chat::{Head, answer_form, common_options, set_lengths, usage},
+    chat::{Head, answer_form, answers, common_options, set_lengths, usage},
     data, error_event, fingerprint, finish_reason, logprobs, refuse_unless_empty,
     types::{
         Common, CompletionChoice, CompletionRequest, CompletionResponse, PromptForm, PromptWithImages, Usage,
@@ -132,14 +132,15 @@ fn options(
     if request.suffix.as_ref().and_then(serde_json::Value::as_str) != Some("") {
         refuse_unless_empty("suffix", request.suffix.as_ref())?;
     }
-    let (mut config, answers) = common_options(limits, service, common)?;
+    let answers = answers(limits, common)?;
+    let written = count("best_of", request.best_of, answers..=limits.answers)?.unwrap_or(answers);
+    let mut config = common_options(limits, service, common, written)?;
     let max = count("max_tokens", request.max_tokens, 1..=1 << 20)?.unwrap_or(DEFAULT_TOKENS);
     set_lengths(&mut config, max, common)?;
     config.logprobs = count("logprobs", request.logprobs, 0..=limits.top_logprobs)?;
     let reports_logprobs = config.logprobs.is_some();
-    let written = count("best_of", request.best_of, answers..=limits.answers)?.unwrap_or(answers);
-    if written > answers && config.do_sample {
-        config.num_return_sequences = written;
+    if written > answers {
+        // What the best are chosen by.
         config.logprobs.get_or_insert(0);
     }
     Ok(Options { config, answers, written, reports_logprobs })

@@ -16,6 +16,7 @@ use tokio::{
 
 use super::live::{Live, raw_request, read_to_end, request, short};
 use crate::{
+    auth::ApiKeys,
     options::{Limits, ServerOptions},
     testing::picture,
 };
@@ -234,6 +235,46 @@ async fn a_hundred_megabytes_are_refused_with_a_status() {
     live.is_well().await;
 }
 
+/// Sends a whole request with some MB and reads what comes back.
+async fn refusal_of_a_large_request(live: &Live, path: &str, headers: &str) -> String {
+    let body = vec![b' '; 5 << 20];
+    let length = body.len();
+    let head =
+        format!("POST {path} HTTP/1.1\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n\r\n");
+    live.exchange(&[head.as_bytes(), &body].concat()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_reaches_who_is_still_sending() {
+    const JSON: &str = "host: localhost\r\ncontent-type: application/json";
+    let keys = ApiKeys::parse("a-secret-key", "test").unwrap();
+    let live = Live::with(ServerOptions { keys, ..ServerOptions::default() }).await;
+    let foreign = "host: evil.example\r\ncontent-type: application/json";
+    for (headers, status) in [(JSON, "401"), (foreign, "403")] {
+        let reply = refusal_of_a_large_request(&live, "/generate", headers).await;
+        assert_eq!(reply.get(9..12), Some(status), "{reply}");
+    }
+    let limits = Limits { requests: 1, upload_bytes: 1 << 20, ..Limits::default() };
+    let live = Live::start(limits).await;
+    for (path, headers, status) in [
+        ("/generate", JSON, "429"),
+        ("/generate", "host: localhost\r\ncontent-type: text/plain", "415"),
+        ("/nowhere", JSON, "404"),
+        ("/info", JSON, "405"),
+    ] {
+        let reply = refusal_of_a_large_request(&live, path, headers).await;
+        assert_eq!(reply.get(9..12), Some(status), "{path}: {reply}");
+    }
+    let place = live.app.place(Arc::default()).unwrap();
+    let reply = refusal_of_a_large_request(&live, "/generate", JSON).await;
+    assert_eq!(reply.get(9..12), Some("429"), "{reply}");
+    drop(place);
+    live.is_well().await;
+    live.app.set_draining();
+    let reply = refusal_of_a_large_request(&live, "/generate", JSON).await;
+    assert_eq!(reply.get(9..12), Some("503"), "{reply}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_fuzzed_requests_leave_the_server_well() {
     let live = Live::start(Limits::default()).await;
@@ -354,5 +395,26 @@ async fn answers_that_take_too_long_at_the_end_are_cut_off_as_errors() {
     assert!(streamed.contains("\"code\":\"shutting_down\"") && !streamed.contains("[DONE]"), "{streamed}");
     let whole = read_to_end(&mut streams[1]).await;
     assert!(whole.starts_with("HTTP/1.1 503"), "{whole}");
+    live.task.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn asked_to_end_twice_it_waits_for_nothing() {
+    let limits = Limits { drain_timeout: Duration::from_hours(1), ..Limits::default() };
+    let mut live = Live::start(limits).await;
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let mut stream = live.connect().await;
+        stream.write_all(&request("/v1/completions", &long())).await.unwrap();
+        streams.push(stream);
+    }
+    live.wait("running", |live| live.engine.stats().running + live.engine.stats().waiting > 40).await;
+    let end = live.end.take().unwrap();
+    end.send(()).unwrap();
+    live.wait("ending", |live| live.app.is_draining()).await;
+    end.send(()).unwrap();
+    let reply = read_to_end(&mut streams[1]).await;
+    assert!(reply.starts_with("HTTP/1.1 503") && reply.contains("retry-after"), "{reply}");
+    assert!(reply.contains("\"code\":\"shutting_down\""), "{reply}");
     live.task.await.unwrap();
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::oneshot,
+    sync::mpsc,
 };
 
 use crate::{
@@ -27,7 +27,7 @@ pub(super) struct Live {
     pub(super) address: SocketAddr,
     pub(super) app: Arc<App>,
     pub(super) engine: Arc<dyn Backend>,
-    pub(super) end: Option<oneshot::Sender<()>>,
+    pub(super) end: Option<mpsc::UnboundedSender<()>>,
     pub(super) task: tokio::task::JoinHandle<()>,
 }
 
@@ -42,13 +42,8 @@ impl Live {
         let (address, app) = (server.address(), server.app());
         let model = loaded("tiny", EngineOptions::default());
         let engine = model.backend.clone();
-        let (end, ended) = oneshot::channel::<()>();
-        let task = tokio::spawn(async move {
-            let ended = async {
-                let _ = ended.await;
-            };
-            server.serve(move || Ok(model), ended).await.unwrap();
-        });
+        let (end, ends) = mpsc::unbounded_channel();
+        let task = tokio::spawn(async move { server.serve(move || Ok(model), ends).await.unwrap() });
         let live = Self { address, app, engine, end: Some(end), task };
         live.wait("ready", |live| live.app.service().is_ok()).await;
         live

@@ -151,6 +151,35 @@ async fn a_stream_joined_is_the_answer() {
 }
 
 #[tokio::test]
+async fn an_answer_that_goes_on_keeps_its_space() {
+    let server = TestServer::new();
+    // A word of its own, by which every answer begins.
+    let tokens = server.post("/tokenize", &json!({"inputs": "see see"})).await.json();
+    let mut tokens = tokens.as_array().unwrap().iter();
+    let word = tokens.rfind(|token| token["text"].as_str().unwrap().starts_with(' ')).unwrap().clone();
+    for (open, has_space) in [
+        (Some("I see a"), true),
+        (Some("I see a "), false),
+        (Some(" "), false),
+        (Some(""), false),
+        (None, false),
+    ] {
+        let mut messages = question("Hello");
+        if let Some(words) = open {
+            messages.as_array_mut().unwrap().push(json!({"role": "assistant", "content": words}));
+        }
+        let bias = json!({word["id"].to_string(): 100});
+        let mut request = json!({"messages": messages, "max_tokens": 2, "logit_bias": bias});
+        let whole = server.post(CHAT, &request).await.json();
+        let text = whole["choices"][0]["message"]["content"].as_str().unwrap();
+        assert_eq!(text.starts_with(' '), has_space, "{open:?}: {text:?}");
+        request["stream"] = json!(true);
+        let chunks = server.post(CHAT, &request).await.chunks();
+        assert_eq!(joined(&chunks, 0).0, text, "{open:?}");
+    }
+}
+
+#[tokio::test]
 async fn several_answers_differ_by_seed_and_repeat() {
     let server = TestServer::new();
     let request = json!({"messages": question("Hi"), "max_tokens": 8, "n": 3, "temperature": 1.5, "seed": 7});
@@ -387,6 +416,29 @@ async fn a_prompt_beyond_the_context_is_refused_with_its_length() {
 }
 
 #[tokio::test]
+async fn words_that_never_fit_are_refused_before_they_are_made_tokens() {
+    let server = TestServer::new();
+    let words = "word ".repeat(100_000);
+    for (path, request, status) in [
+        (CHAT, json!({"messages": question(&words)}), 400),
+        ("/v1/completions", json!({"prompt": words}), 400),
+        ("/generate", json!({"inputs": words}), 422),
+        ("/tokenize", json!({"inputs": words}), 422),
+    ] {
+        let reply = server.post(path, &request).await;
+        assert_eq!(reply.status, status, "{path}: {}", reply.body);
+        assert!(reply.body.contains(" bytes of words"), "{path}: {}", reply.body);
+    }
+    // What is cut to its end anyhow may be as long as it likes.
+    let parameters = json!({"max_new_tokens": 2, "truncate": 9});
+    let cut = json!({"inputs": "word ".repeat(2000), "parameters": parameters});
+    let reply = server.post("/generate", &cut).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let tokens = server.post("/tokenize", &json!({"inputs": "word"})).await;
+    assert_eq!(tokens.headers["content-type"], "application/json");
+}
+
+#[tokio::test]
 async fn base_models_chat_in_plain_lines() {
     let server = TestServer::base();
     let reply = server.post(CHAT, &json!({"messages": question("Hello"), "max_tokens": 4})).await;
@@ -432,6 +484,15 @@ async fn completions_take_every_form_of_prompt() {
     assert_eq!(seen["usage"]["prompt_tokens_details"]["image_tokens"], 3);
     let best = ask(json!({"prompt": "Hello", "temperature": 1, "seed": 1, "n": 2, "best_of": 6})).await;
     assert_eq!(best["choices"].as_array().unwrap().len(), 2);
+
+    // The best of several is one of several draws, whether or not anything else shapes them.
+    let plain = ask(json!({"prompt": "Hello", "max_tokens": 12})).await;
+    let best = ask(json!({"prompt": "Hello", "max_tokens": 12, "seed": 1, "best_of": 6})).await;
+    assert_eq!(best["choices"].as_array().unwrap().len(), 1);
+    assert!(best["choices"][0]["logprobs"].is_null());
+    assert!(best["usage"]["completion_tokens"].as_u64() > Some(12), "more than one answer was written");
+    let greedy = json!({"prompt": "Hello", "max_tokens": 12, "temperature": 0, "best_of": 6});
+    assert_eq!(ask(greedy).await["choices"][0]["text"], plain["choices"][0]["text"]);
 
     for bad in
         [json!([]), json!(""), json!([451]), json!([["x", 1]]), json!(7), json!(null), json!(vec!["x"; 99])]

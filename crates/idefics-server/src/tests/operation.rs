@@ -235,6 +235,45 @@ async fn pages_of_named_origins_may_call() {
 }
 
 #[tokio::test]
+async fn a_browser_may_send_the_headers_of_its_client() {
+    let keys = ApiKeys::parse("a-secret-key", "test").unwrap();
+    let cors_origins = vec!["https://ui.example".to_owned()];
+    let server = TestServer::with(ServerOptions { keys, cors_origins, ..ServerOptions::default() });
+    // What OpenAI's client for JavaScript asks for, before it sends a key.
+    let wanted = "authorization,content-type,x-request-id,x-stainless-arch,x-stainless-lang,x-stainless-os";
+    let request = Request::options("/v1/chat/completions")
+        .header(header::ORIGIN, "https://ui.example")
+        .header(header::ACCESS_CONTROL_REQUEST_METHOD, "POST")
+        .header(header::ACCESS_CONTROL_REQUEST_HEADERS, wanted);
+    let reply = server.send(request.body(Body::empty()).unwrap()).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    assert_eq!(reply.headers[header::ACCESS_CONTROL_ALLOW_ORIGIN], "https://ui.example");
+    assert_eq!(reply.headers[header::ACCESS_CONTROL_ALLOW_HEADERS], wanted);
+}
+
+#[tokio::test]
+async fn a_star_lets_all_pages_call() {
+    let cors_origins = vec!["https://ui.example".to_owned(), "*".to_owned()];
+    let server = TestServer::with(ServerOptions { cors_origins, ..ServerOptions::default() });
+    let request = Request::get("/v1/models").header(header::ORIGIN, "https://any.example");
+    let reply = server.send(request.body(Body::empty()).unwrap()).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    assert_eq!(reply.headers[header::ACCESS_CONTROL_ALLOW_ORIGIN], "*");
+    assert!(!reply.headers.contains_key(header::ACCESS_CONTROL_ALLOW_CREDENTIALS));
+}
+
+#[test]
+fn an_origin_that_never_matches_ends_the_start() {
+    for origin in ["https://ui.example/", "ui.example", "a\nb"] {
+        let address = ([127, 0, 0, 1], 0).into();
+        let cors_origins = vec![origin.to_owned()];
+        let options = ServerOptions { address, cors_origins, ..ServerOptions::default() };
+        let error = crate::Server::bind(options).err().expect("refused");
+        assert!(error.to_string().contains(origin), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_foreign_name_is_refused_on_loopback() {
     let server = TestServer::new();
     let mut request = post("/generate", &json!({"inputs": "x"}));

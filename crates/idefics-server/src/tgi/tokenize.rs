@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use axum::{
-    Json,
     extract::{Request, State},
+    http::header,
+    response::{IntoResponse, Response},
 };
 use idefics::processor::{AddEndOfUtterance, ProcessOptions};
 
@@ -20,17 +21,15 @@ use crate::{
 };
 
 /// The tokens of a prompt. Places are those in the prompt's string, in which a picture is `<image>` between two
-/// `<fake_token_around_image>`. Pictures are not looked at.
+/// `<fake_token_around_image>`. Pictures are not looked at. Words that no context has room for are refused.
 #[utoipa::path(post, path = "/tokenize", tag = "text-generation-inference", request_body = TokenizeRequest,
     responses((status = 200, body = Vec<SimpleToken>), (status = 422)))]
-pub(crate) async fn tokenize(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Json<Vec<SimpleToken>>, ApiError> {
+pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let (request, upload) = body::read_json::<TokenizeRequest>(&app, request).await?;
     let service = app.service()?.clone();
     let prompt = markdown::parse(&request.inputs)?;
     media::check_count(&prompt, &app.options.limits)?;
+    media::check_bytes(&service, &prompt, service.backend().max_positions())?;
     let work = move || {
         let _held = upload;
         let options =
@@ -46,7 +45,11 @@ pub(crate) async fn tokenize(
             start: place.start,
             stop: place.end,
         };
-        Ok(Json(tokens.into_iter().map(token).collect()))
+        // Written here as well: an answer has many times the bytes of its words.
+        let tokens: Vec<SimpleToken> = tokens.into_iter().map(token).collect();
+        serde_json::to_vec(&tokens)
+            .map_err(|_| ApiError::new(Kind::Internal, "the tokens could not be written"))
     };
-    media::aside(&app, work).await
+    let json = media::aside(&app, work).await?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], json).into_response())
 }

@@ -88,9 +88,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let view = View::new(is_terminal, args.pictures);
     let (talker, reader) = Talker::start(loaded)?;
     let mut session = Session::new(talker, reader, form, settings, view);
-    session.set_system(args.system.clone());
     if let Some(path) = &args.load {
         session.load(path)?;
+    }
+    // In place of the text that the loaded conversation has.
+    if args.system.is_some() {
+        session.set_system(args.system.clone());
     }
     session.add_pictures(&args.images)?;
     let (source, dropped) = if is_terminal {
@@ -112,7 +115,7 @@ fn generation(args: &Args, loaded: &Loaded, form: Form) -> anyhow::Result<Genera
         trim_stop_strings: true,
         ..base
     };
-    let config = args.generation.apply(base, &loaded.processor)?;
+    let config = args.generation.apply_beside_stops(base, &loaded.processor)?;
     if config.num_return_sequences != 1 {
         bail!("--num-return-sequences: a chat has one answer to a message");
     }
