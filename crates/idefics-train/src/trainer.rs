@@ -145,6 +145,7 @@ impl Trainer {
     /// Opens model and data and checks both. `files` are those of the model that the configuration names.
     pub fn new(config: TrainConfig, files: impl Into<ModelFiles>, start: Start) -> Result<Self, TrainError> {
         let files = files.into();
+        state::recover(&config.output)?;
         let checkpoints = state::list(&config.output);
         check_output(&config.output, start, &checkpoints)?;
         let processor = Processor::from_pretrained(&files)?;
@@ -277,7 +278,8 @@ impl Trainer {
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Summary, TrainError> {
         let mut last_evaluation = None;
-        let mut saved_at = None;
+        // A run that goes on has its checkpoint.
+        let mut saved = (self.state.step > 0).then(|| self.state.clone());
         let end = loop {
             if self.state.step >= self.state.total_steps && self.config.run.steps.is_some() {
                 break End::Finished;
@@ -308,7 +310,7 @@ impl Trainer {
             }
             if step.is_multiple_of(self.config.checkpoints.every) {
                 self.save(on_event)?;
-                saved_at = Some(step);
+                saved = Some(self.state.clone());
             }
         };
         let step = self.state.step;
@@ -318,7 +320,7 @@ impl Trainer {
                 last_evaluation = Some(self.evaluate(on_event)?);
             }
         }
-        if saved_at != Some(step) && step > 0 {
+        if step > 0 && saved.as_ref() != Some(&self.state) {
             self.save(on_event)?;
         }
         let records = metrics::read(&self.config.output.join(METRICS_FILE))?;

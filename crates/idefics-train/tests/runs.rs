@@ -150,6 +150,42 @@ fn a_run_that_was_killed_goes_on_from_its_last_checkpoint() {
     assert_eq!(entries.len(), 2, "the newest two are kept: {entries:?}");
 }
 
+/// A checkpoint and a result that are written again stay until their successors are whole.
+#[test]
+fn what_is_written_again_is_there_until_then() {
+    let run = Run::new(&[]);
+    run.stop_after("run", Start::Fresh, 3);
+    let path = run.output("run").join("checkpoint-00000003");
+    let before = weights(&path);
+    // The files that the new one should get are not there: the disk fails, in other words.
+    let mut source = Checkpoint::open(fixture("tiny")).unwrap();
+    source.origin = run.output("nowhere").into();
+    let trainer = run.trainer("run", Start::Resume).unwrap();
+    let (product, parameters) = (state::Product::Model(&source), trainer.parameters());
+    state::save(&run.output("run"), product, parameters, trainer.state()).unwrap_err();
+    assert!(weights(&path) == before);
+    state::save_result(&path, product, parameters).unwrap_err();
+    assert!(weights(&path) == before);
+    source.origin = fixture("tiny").into();
+    let product = state::Product::Model(&source);
+    state::save(&run.output("run"), product, parameters, trainer.state()).unwrap();
+    assert!(weights(&path) == before);
+    // A kill when the old one had given its name away, and the new one had not taken it.
+    fs::rename(&path, run.output("run").join(".checkpoint-00000003.replaced")).unwrap();
+    run.trainer("run", Start::Resume).unwrap();
+    assert!(weights(&path) == before);
+}
+
+#[test]
+fn a_run_that_goes_on_and_is_stopped_at_once_writes_nothing() {
+    let run = Run::new(&[]);
+    run.stop_after("run", Start::Fresh, 3);
+    let mut saved = 0;
+    let count = &mut |event: Event<'_>| saved += u64::from(matches!(event, Event::Saved(_)));
+    run.trainer("run", Start::Resume).unwrap().run(&AtomicBool::new(true), count).unwrap();
+    assert_eq!(saved, 0);
+}
+
 #[test]
 fn threads_and_reading_ahead_change_nothing() {
     let run = Run::new(&[]);
