@@ -457,6 +457,12 @@ impl TrainConfig {
         check(run.steps != Some(0), "run.steps", "at least 1", &0)?;
         let epochs = run.epochs.unwrap_or(1.0);
         check(epochs > 0.0 && epochs.is_finite(), "run.epochs", "a number above 0", &epochs)?;
+        check(
+            run.epochs.is_none() || self.loading.check > 0,
+            "loading.check",
+            "at least 1 with `run.epochs`, whose steps are counted over what is checked",
+            &0,
+        )?;
         check(sequence.length >= 8, "sequence.length", "at least 8", &sequence.length)?;
         check(batch.tokens >= sequence.length, "batch.tokens", "at least `sequence.length`", &batch.tokens)?;
         check(
@@ -641,6 +647,9 @@ mod tests {
             "[loading]\nimage_cache_gb = 1.0\n[augment]\n",
             "loading.image_cache_gb: expected 0 with `augment`",
         );
+        let uncounted = SHORTEST.replace("steps = 10", "epochs = 1") + "[loading]\ncheck = 0\n";
+        let error = parse(&uncounted, &[]).unwrap_err();
+        assert!(error.contains("loading.check: expected at least 1 with `run.epochs`"), "{error}");
         let neither = parse(&SHORTEST.replace("steps = 10", ""), &[]).unwrap_err();
         assert_eq!(neither, "run: expected either `steps` or `epochs`, got neither");
     }

@@ -265,6 +265,8 @@ fn epochs_see_each_sample_so_often_and_early_stopping_stops() {
         .unwrap();
     assert_eq!(summary.end, End::Finished);
     assert_eq!(sequences_tokens, 2 * trainer.data_report().tokens);
+    // The schedule ends where the data does; orders of later epochs fill batches a little otherwise.
+    assert!(summary.total_steps.abs_diff(summary.step) <= 1, "{summary:?}");
     let early = Run::new(&[
         "run.steps=500",
         "evaluation.every=2",
