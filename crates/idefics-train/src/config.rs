@@ -414,7 +414,7 @@ pub enum ConfigError {
 
 impl TrainConfig {
     /// Reads a file and puts `overrides` over it: `optimizer.learning_rate=1e-4`, with values as in TOML; what is
-    /// no value of TOML is a text.
+    /// no value of TOML is a text. `run.steps` takes the place of `run.epochs`, and the reverse.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
@@ -554,6 +554,12 @@ fn set(table: &mut Table, text: &str) -> Result<(), ConfigError> {
     // A document of one value is the shortest way to read a value.
     let parsed = format!("value = {value}").parse::<Table>().ok().and_then(|mut table| table.remove("value"));
     let value = parsed.unwrap_or_else(|| Value::String(value.to_owned()));
+    // A run is bounded by one of the two: the other goes, wherever it was said.
+    let other = match key {
+        "run.steps" => Some("epochs"),
+        "run.epochs" => Some("steps"),
+        _ => None,
+    };
     let mut parts: Vec<&str> = key.split('.').collect();
     let last = parts.pop().filter(|last| !last.is_empty()).ok_or_else(|| bad("expected FIELD=VALUE"))?;
     let mut table = table;
@@ -561,6 +567,7 @@ fn set(table: &mut Table, text: &str) -> Result<(), ConfigError> {
         let entry = table.entry(part).or_insert_with(|| Value::Table(Table::new()));
         table = entry.as_table_mut().ok_or_else(|| bad("there are no fields in it"))?;
     }
+    other.map(|other| table.remove(other));
     table.insert(last.to_owned(), value);
     Ok(())
 }
@@ -623,6 +630,13 @@ mod tests {
         assert_eq!((config.optimizer.learning_rate, config.run.steps), (2e-4, Some(5)));
         assert_eq!(config.output, Path::new("elsewhere/run 1"));
         assert_eq!(config.augment.unwrap().scale, [0.8, 1.0]);
+        // Either bound of a run takes the place of the other.
+        let bounds = |overrides: &[&str]| {
+            let run = parse(SHORTEST, overrides).unwrap().run;
+            (run.steps, run.epochs)
+        };
+        assert_eq!(bounds(&["run.epochs=2"]), (None, Some(2.0)));
+        assert_eq!(bounds(&["run.epochs=2", "run.steps=7"]), (Some(7), None));
         assert!(parse(SHORTEST, &["steps"]).unwrap_err().contains("FIELD=VALUE"));
         assert!(parse(SHORTEST, &["model.x=1"]).unwrap_err().contains("no fields in it"));
     }

@@ -23,7 +23,7 @@ const EXAMPLES: &str = "\
 Examples:
   idefics train pets.toml
   idefics train pets.toml --steps 200 --learning-rate 2e-5 --output runs/pets-2
-  idefics train pets.toml --set batch.accumulation=4 --set trainable.preset=frozen-backbones
+  idefics train pets.toml --set batch.accumulation=8 --set optimizer.moments=8bit
   idefics train pets.toml --resume
 
 The configuration and how to choose it: docs/fine-tuning.md. Ctrl-C saves and ends; --resume goes on as if nothing
@@ -57,7 +57,7 @@ pub(crate) struct Args {
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
 
-    /// Steps of the optimiser
+    /// Steps of the optimiser, in place of the configuration's steps or epochs
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
 
@@ -318,5 +318,26 @@ mod tests {
         assert_eq!((config.seed, config.run.steps), (1, Some(7)));
         assert_eq!(config.output, PathBuf::from("a \"b\""));
         assert_eq!(config.optimizer.learning_rate, 1e-5);
+    }
+
+    /// What `--help` and the README show can be typed with the guide's configuration.
+    #[test]
+    fn examples_fit_the_guide() {
+        let guide = include_str!("../../../../docs/fine-tuning.md");
+        let block = guide.split("```toml\n").nth(1).and_then(|block| block.split("```").next()).unwrap();
+        let readme = include_str!("../../../../README.md");
+        let lines = EXAMPLES.lines().chain(readme.lines()).map(str::trim);
+        let mut seen = 0;
+        for example in lines.filter_map(|line| line.strip_prefix("idefics train pets.toml")) {
+            let words = ["train", "pets.toml"].into_iter().chain(example.split_whitespace());
+            let args = Line::try_parse_from(words).expect(example).args;
+            let config = TrainConfig::parse("pets.toml", block, &args.overrides()).expect(example);
+            let bound = (args.steps, args.steps.is_none().then_some(3.0));
+            assert_eq!((config.run.steps, config.run.epochs), bound, "{example}");
+            // Packed layers are not trained themselves.
+            assert!(config.trainable.preset.is_none(), "{example}");
+            seen += 1;
+        }
+        assert!(seen >= 4, "{seen}");
     }
 }
