@@ -464,6 +464,7 @@ impl TrainConfig {
             &0,
         )?;
         check(sequence.length >= 8, "sequence.length", "at least 8", &sequence.length)?;
+        check(sequence.max_images > 0, "sequence.max_images", "at least 1", &0)?;
         check(batch.tokens >= sequence.length, "batch.tokens", "at least `sequence.length`", &batch.tokens)?;
         check(
             batch.images >= sequence.max_images,
@@ -651,6 +652,7 @@ mod tests {
         check("[optimizer]\nlr = 1\n", "line 9: unknown field `lr`");
         check("[batch]\ntokens = 'many'\n", "line 9: invalid type");
         check("[batch]\ntokens = 10\n", "batch.tokens: expected at least `sequence.length`, got 10");
+        check("[sequence]\nmax_images = 0\n", "sequence.max_images: expected at least 1, got 0");
         check("[evaluation]\nheld_out = 1.5\n", "evaluation.held_out: expected a share");
         check("[augment]\nscale = [0.5, 2.0]\n", "augment: expected ranges");
         check(
