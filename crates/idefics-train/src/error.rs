@@ -75,10 +75,21 @@ pub enum TrainError {
         /// The parts of the names.
         parts: Vec<String>,
     },
+    /// A pattern for weights that are not there.
+    #[error("{field}: no weight of the model has all of {parts:?} in its name")]
+    UnusedPattern {
+        /// Where it stands.
+        field: &'static str,
+        /// The parts of the names.
+        parts: Vec<String>,
+    },
     /// Room for pictures that a tower has read, where the next step would read them otherwise.
-    #[error("loading.image_cache_gb: expected 0 where the vision tower is trained, as {trained} is")]
+    #[error(
+        "loading.image_cache_gb: expected 0 where the vision tower is trained, as {trained} is (`lora.exclude` leaves \
+         layers out)"
+    )]
     TrainedTower {
-        /// A weight of it.
+        /// A weight of it, or a layer with factors beside it.
         trained: String,
     },
     /// The tokenizer has ids that the model has no rows for.

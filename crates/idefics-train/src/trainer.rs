@@ -16,7 +16,7 @@ use std::{
 use idefics::{
     ComputeType, ModelFiles, Prompt, Segment,
     adapter::{Adapter, LoraConfig},
-    checkpoint::{Checkpoint, DType, Weights},
+    checkpoint::{Checkpoint, DType, Weights, expected_tensors},
     config::IdeficsConfig,
     generate::{GenerationConfig, generate},
     model::{KeptImages, TrainingSequence},
@@ -704,6 +704,11 @@ fn make_parameters(
     lora: Option<&Lora>,
 ) -> Result<Parameters, TrainError> {
     let rules = config.trainable.rules(&source.config, default_preset(lora))?;
+    let tensors = expected_tensors(&source.config);
+    let names: Vec<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+    if let Some((field, parts)) = config.trainable.unused_pattern(&names) {
+        return Err(TrainError::UnusedPattern { field, parts: parts.clone() });
+    }
     let is_tied = source.config.tie_word_embeddings;
     if let Some(options) = &config.quantize {
         quantize_weights(&mut weights, &options.recipe())?;
@@ -716,9 +721,12 @@ fn make_parameters(
     if parameters.num_trained() == 0 {
         return Err(TrainError::NothingTrained);
     }
-    let of_tower = parameters.trained().find(|(name, _)| name.starts_with("model.vision_model."));
-    if let (Some((name, _)), true) = (of_tower, config.loading.image_cache_gb > 0.0) {
-        return Err(TrainError::TrainedTower { trained: name.to_owned() });
+    // Factors are called after the adapter's file, so their layers are asked.
+    let layers = lora.into_iter().flat_map(|lora| &lora.layers).map(|layer| layer.module.as_str());
+    let trained = parameters.trained().map(|(name, _)| name).chain(layers);
+    let of_tower = trained.map(str::to_owned).find(|name| name.starts_with("model.vision_model."));
+    if let (Some(trained), true) = (of_tower, config.loading.image_cache_gb > 0.0) {
+        return Err(TrainError::TrainedTower { trained });
     }
     for rate in &config.trainable.rates {
         if !parameters.trained().any(|(name, _)| rate.fits(name)) {

@@ -358,3 +358,25 @@ fn packed_layers_cannot_be_trained_themselves() {
     let run = Run::new(&["trainable.preset=nothing"]);
     assert!(matches!(run.trainer("x", Start::Fresh), Err(TrainError::NothingTrained)));
 }
+
+#[test]
+fn names_and_layers_that_a_run_does_not_have_are_refused() {
+    let run = Run::new(&["trainable.unfreeze=[['model.layers', 'qproj']]"]);
+    let error = run.trainer("x", Start::Fresh).err().unwrap().to_string();
+    let expected =
+        "trainable.unfreeze: no weight of the model has all of [\"model.layers\", \"qproj\"] in its name";
+    assert_eq!(error, expected);
+    // Factors in the tower change what it makes of a picture in every step.
+    let config = |run: &Run| TrainConfig { augment: None, ..run.config("x") };
+    let run = Run::new(&["lora.r=4"]);
+    let mut cached = config(&run);
+    cached.loading.image_cache_gb = 0.1;
+    let error = Trainer::new(cached.clone(), fixture("tiny"), Start::Fresh).err().unwrap();
+    assert!(
+        matches!(&error, TrainError::TrainedTower { trained } if trained.contains("vision_model")),
+        "{error}"
+    );
+    let tower = idefics::adapter::Targets::Pattern(r"model\.vision_model\..*".to_owned());
+    cached.lora.as_mut().unwrap().exclude = Some(tower);
+    Trainer::new(cached, fixture("tiny"), Start::Fresh).unwrap();
+}
