@@ -85,6 +85,7 @@ fn a_folder_of_pictures_becomes_a_model() {
     assert!(stdout(&report).contains("fits"));
     let stderr = String::from_utf8_lossy(&report.stderr).into_owned();
     assert!(stderr.contains("data: 29 samples") && stderr.contains("memory:"), "{stderr}");
+    assert!(!run.output("dry").exists(), "nothing is written before a run");
     let output = run.run("whole", &["--json"]);
     let summary: Value = serde_json::from_str(&stdout(&output)).unwrap();
     assert_eq!((summary["end"].as_str(), summary["step"].as_u64()), (Some("finished"), Some(40)));

@@ -83,6 +83,8 @@ pub enum Event<'a> {
     Broken(&'a SampleError),
     /// A checkpoint was written.
     Saved(&'a Path),
+    /// The picture of the curves could not be written, which costs nothing else.
+    NotDrawn(&'a TrainError),
 }
 
 /// How a run ended.
@@ -122,14 +124,33 @@ pub struct Trainer {
     schedule: Schedule,
     stream: BatchStream,
     state: RunState,
-    metrics: Metrics,
-    events: EventFile,
+    /// While it runs.
+    log: Option<Log>,
     evaluation: Vec<TrainingSequence>,
     prompts: Vec<idefics::SequenceInputs>,
     report: DataReport,
     memory: Prediction,
     longest: Vec<TrainingSequence>,
     rollbacks: u64,
+    /// What the newest checkpoint says.
+    saved: Option<RunState>,
+    /// Whether the weights are not those of `state`.
+    is_going_back: bool,
+}
+
+/// What a run writes about itself.
+struct Log {
+    metrics: Metrics,
+    events: EventFile,
+}
+
+impl Log {
+    /// Begins, or goes on behind the steps that were made.
+    fn open(output: &Path, state: &RunState) -> Result<Self, TrainError> {
+        std::fs::create_dir_all(output).map_err(io_error("create", output))?;
+        let metrics = Metrics::open(&output.join(METRICS_FILE), state.step, state.skipped_steps)?;
+        Ok(Self { metrics, events: EventFile::create(&output.join(EVENTS_FOLDER), state.step)? })
+    }
 }
 
 /// Whether a run begins or goes on.
@@ -187,9 +208,8 @@ impl Trainer {
             }
             _ => RunState::new(total_steps, data, stream.position()),
         };
-        std::fs::create_dir_all(&config.output).map_err(io_error("create", &config.output))?;
-        let metrics = Metrics::open(&config.output.join(METRICS_FILE), state.step)?;
-        let events = EventFile::create(&config.output.join(EVENTS_FOLDER), state.step)?;
+        // A run that goes on has its checkpoint.
+        let saved = (state.step > 0).then(|| state.clone());
         let optimizer = &config.optimizer;
         let rules = StepRules {
             adamw: optimizer.adamw(),
@@ -219,14 +239,15 @@ impl Trainer {
             schedule,
             stream,
             state,
-            metrics,
-            events,
+            log: None,
             evaluation,
             prompts,
             report,
             memory,
             longest,
             rollbacks: 0,
+            saved,
+            is_going_back: false,
         })
     }
 
@@ -271,26 +292,64 @@ impl Trainer {
         Ok(())
     }
 
-    /// Trains until the end, or until `stop` is set.
+    /// Trains until the end, or until `stop` is set. A run that fails is saved first, where its weights are sound.
     pub fn run(
         &mut self,
         stop: &AtomicBool,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Summary, TrainError> {
-        let mut last_evaluation = None;
-        // A run that goes on has its checkpoint.
-        let mut saved = (self.state.step > 0).then(|| self.state.clone());
-        let end = loop {
+        self.log = Some(Log::open(&self.config.output, &self.state)?);
+        let result = self.train(stop, on_event);
+        if result.is_err() && self.is_unsaved() && !self.is_going_back {
+            // The first failure is the one to be told.
+            let _ = self.save(on_event);
+        }
+        result
+    }
+
+    fn train(
+        &mut self,
+        stop: &AtomicBool,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Summary, TrainError> {
+        let mut evaluation = None;
+        let end = self.steps(stop, &mut evaluation, on_event)?;
+        let step = self.state.step;
+        if end != End::Interrupted && !self.evaluation.is_empty() {
+            let is_new = evaluation.as_ref().is_none_or(|last: &EvaluationRecord| last.step != step);
+            if is_new {
+                evaluation = Some(self.evaluate(on_event)?);
+            }
+        }
+        if self.is_unsaved() {
+            self.save(on_event)?;
+        }
+        let model = if end == End::Interrupted { None } else { Some(self.save_result()?) };
+        if let Err(error) = self.draw() {
+            on_event(Event::NotDrawn(&error));
+        }
+        let total_steps = self.state.total_steps;
+        Ok(Summary { end, step, total_steps, evaluation, model })
+    }
+
+    /// Steps with all that comes between them, until there is a reason to end.
+    fn steps(
+        &mut self,
+        stop: &AtomicBool,
+        evaluation: &mut Option<EvaluationRecord>,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<End, TrainError> {
+        loop {
             if self.state.step >= self.state.total_steps && self.config.run.steps.is_some() {
-                break End::Finished;
+                return Ok(End::Finished);
             }
             if stop.load(Ordering::Relaxed) {
-                break End::Interrupted;
+                return Ok(End::Interrupted);
             }
             let begun = Instant::now();
             let batches = self.next_batches(on_event)?;
             if batches.is_empty() {
-                break End::Finished;
+                return Ok(End::Finished);
             }
             let waited = begun.elapsed().as_secs_f64();
             if !self.step(&batches, begun, waited, on_event)? {
@@ -299,10 +358,10 @@ impl Trainer {
             }
             let step = self.state.step;
             if step.is_multiple_of(self.config.evaluation.every) && !self.evaluation.is_empty() {
-                last_evaluation = Some(self.evaluate(on_event)?);
+                *evaluation = Some(self.evaluate(on_event)?);
                 let patience = self.config.evaluation.patience;
                 if patience > 0 && self.state.evaluations_since_best >= patience {
-                    break End::StoppedEarly;
+                    return Ok(End::StoppedEarly);
                 }
             }
             if step.is_multiple_of(self.config.samples.every) {
@@ -310,24 +369,18 @@ impl Trainer {
             }
             if step.is_multiple_of(self.config.checkpoints.every) {
                 self.save(on_event)?;
-                saved = Some(self.state.clone());
-            }
-        };
-        let step = self.state.step;
-        if end != End::Interrupted && !self.evaluation.is_empty() {
-            let is_new = last_evaluation.as_ref().is_none_or(|last: &EvaluationRecord| last.step != step);
-            if is_new {
-                last_evaluation = Some(self.evaluate(on_event)?);
             }
         }
-        if step > 0 && saved.as_ref() != Some(&self.state) {
-            self.save(on_event)?;
-        }
+    }
+
+    /// Whether there is more than the newest checkpoint has.
+    fn is_unsaved(&self) -> bool {
+        self.state.step > 0 && self.saved.as_ref() != Some(&self.state)
+    }
+
+    fn draw(&self) -> Result<(), TrainError> {
         let records = metrics::read(&self.config.output.join(METRICS_FILE))?;
-        write_curves(&self.config.output.join(CURVES_FILE), &records)?;
-        let model = if end == End::Interrupted { None } else { Some(self.save_result()?) };
-        let total_steps = self.state.total_steps;
-        Ok(Summary { end, step, total_steps, evaluation: last_evaluation, model })
+        write_curves(&self.config.output.join(CURVES_FILE), &records)
     }
 
     /// The passes of one step; fewer at the end of the data.
@@ -412,6 +465,7 @@ impl Trainer {
         if self.state.spikes.in_a_row < self.config.spikes.patience.max(1) {
             return Ok(());
         }
+        self.is_going_back = true;
         self.rollbacks += 1;
         if self.rollbacks > MAX_ROLLBACKS {
             return Err(TrainError::Diverged { rollbacks: MAX_ROLLBACKS, step: self.state.step });
@@ -433,8 +487,8 @@ impl Trainer {
         state.broken_samples = self.state.broken_samples;
         state.spikes.in_a_row = 0;
         self.state = state;
-        self.metrics = Metrics::open(&self.config.output.join(METRICS_FILE), self.state.step)?;
-        self.events = EventFile::create(&self.config.output.join(EVENTS_FOLDER), self.state.step)?;
+        self.is_going_back = false;
+        self.log = Some(Log::open(&self.config.output, &self.state)?);
         on_event(Event::RolledBack { step: self.state.step });
         Ok(())
     }
@@ -511,13 +565,15 @@ impl Trainer {
         let best = self.state.best.map(|best| best.step);
         state::prune(&self.config.output, self.config.checkpoints.keep, best)?;
         self.rollbacks = 0;
+        self.saved = Some(self.state.clone());
         on_event(Event::Saved(&path));
         Ok(())
     }
 
     fn record(&mut self, record: &Record) -> Result<(), TrainError> {
-        self.metrics.write(record)?;
-        self.events.record(record)
+        let Some(log) = &mut self.log else { return Ok(()) };
+        log.metrics.write(record)?;
+        log.events.record(record)
     }
 
     fn save_result(&self) -> Result<PathBuf, TrainError> {

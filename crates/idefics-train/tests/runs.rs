@@ -186,6 +186,35 @@ fn a_run_that_goes_on_and_is_stopped_at_once_writes_nothing() {
     assert_eq!(saved, 0);
 }
 
+/// A picture of curves that cannot be written costs nothing; what the run cannot go on without saves it first.
+#[test]
+fn failures_of_the_disk_cost_no_steps() {
+    let run = Run::new(&["samples.every=3", "samples.prompts=[[{text='What is it?'}]]"]);
+    fs::create_dir_all(run.output("drawn").join("curves.png")).unwrap();
+    let mut failures = 0;
+    let count = &mut |event: Event<'_>| failures += u64::from(matches!(event, Event::NotDrawn(_)));
+    let summary = run.trainer("drawn", Start::Fresh).unwrap().run(&AtomicBool::new(false), count).unwrap();
+    assert_eq!((summary.end, summary.step, failures), (End::Finished, 12, 1));
+    assert!(summary.model.unwrap().join("model.safetensors").is_file());
+    fs::create_dir_all(run.output("sampled").join("samples.jsonl")).unwrap();
+    let mut trainer = run.trainer("sampled", Start::Fresh).unwrap();
+    let error = trainer.run(&AtomicBool::new(false), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("samples.jsonl"), "{error}");
+    let saved: Vec<u64> = state::list(&run.output("sampled")).into_iter().map(|(step, _)| step).collect();
+    assert_eq!(saved, [3]);
+}
+
+#[test]
+fn checks_alone_write_nothing() {
+    let run = Run::new(&[]);
+    run.stop_after("run", Start::Fresh, 3);
+    let lines = run.steps("run").len();
+    run.trainer("run", Start::Resume).unwrap().try_longest().unwrap();
+    assert_eq!(run.steps("run").len(), lines);
+    run.trainer("other", Start::Fresh).unwrap().try_longest().unwrap();
+    assert!(!run.output("other").exists());
+}
+
 #[test]
 fn threads_and_reading_ahead_change_nothing() {
     let run = Run::new(&[]);
@@ -244,7 +273,8 @@ fn a_run_that_diverges_goes_back_and_then_gives_up() {
     assert_eq!(back, [6, 6, 6]);
     assert!(skipped >= 9, "{skipped}");
     let records = metrics::read(&wild.output("run").join("metrics.jsonl")).unwrap();
-    assert!(records.iter().any(|record| matches!(record, Record::Skip(_))));
+    let skips = records.iter().filter(|record| matches!(record, Record::Skip(_))).count();
+    assert_eq!(skips, skipped, "what was skipped stays on record when the run goes back");
     Checkpoint::open(&state::list(&wild.output("run")).last().unwrap().1).unwrap();
 }
 
@@ -313,6 +343,8 @@ fn broken_samples_are_named_and_too_many_stop_the_run() {
     let mut trainer = run.trainer("many", Start::Fresh).unwrap();
     let error = trainer.run(&AtomicBool::new(false), &mut |_| {}).err().unwrap().to_string();
     assert!(error.contains("samples are broken"), "{error}");
+    let (last, _) = state::list(&run.output("many")).pop().unwrap();
+    assert_eq!(last, trainer.state().step, "what was learned until then is saved");
     fs::write(&path, format!("{text}\n{}", ["nonsense"; 100].join("\n"))).unwrap();
     let error = run.trainer("more", Start::Fresh).err().unwrap().to_string();
     assert!(error.contains("are broken"), "seen before the run begins: {error}");

@@ -251,6 +251,7 @@ impl Display {
             Event::Sampled { prompt, text } => self.line(&format!("prompt {prompt}: {text:?}")),
             Event::Broken(error) => self.line(&format!("broken: {error}")),
             Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+            Event::NotDrawn(error) => self.line(&format!("no curves: {error}")),
         }
     }
 
