@@ -291,7 +291,8 @@ impl Default for EvaluationConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CheckpointConfig {
-    /// Steps between two checkpoints; there is one at the end, too.
+    /// Steps between two checkpoints; there is one at the end, too, and one whenever an evaluation is the best so
+    /// far, unless a run has fewer steps than this.
     pub every: u64,
     /// How many of the newest are kept; the best one is kept besides.
     pub keep: usize,

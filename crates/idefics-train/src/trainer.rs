@@ -98,6 +98,8 @@ pub struct Summary {
     pub total_steps: u64,
     /// The last evaluation.
     pub evaluation: Option<EvaluationRecord>,
+    /// The lowest one; the checkpoint of its step is kept.
+    pub best: Option<Best>,
     /// Where the result lies, if the run is finished.
     pub model: Option<PathBuf>,
 }
@@ -329,7 +331,7 @@ impl Trainer {
             on_event(Event::NotDrawn(&error));
         }
         let total_steps = self.state.total_steps;
-        Ok(Summary { end, step, total_steps, evaluation, model })
+        Ok(Summary { end, step, total_steps, evaluation, best: self.state.best, model })
     }
 
     /// Steps with all that comes between them, until there is a reason to end.
@@ -359,6 +361,9 @@ impl Trainer {
             let step = self.state.step;
             if step.is_multiple_of(self.config.evaluation.every) && !self.evaluation.is_empty() {
                 *evaluation = Some(self.evaluate(on_event)?);
+                if self.is_best() && self.config.checkpoints.every < self.state.total_steps {
+                    self.save(on_event)?;
+                }
                 let patience = self.config.evaluation.patience;
                 if patience > 0 && self.state.evaluations_since_best >= patience {
                     return Ok(End::StoppedEarly);
@@ -367,7 +372,7 @@ impl Trainer {
             if step.is_multiple_of(self.config.samples.every) {
                 self.sample(on_event)?;
             }
-            if step.is_multiple_of(self.config.checkpoints.every) {
+            if step.is_multiple_of(self.config.checkpoints.every) && self.is_unsaved() {
                 self.save(on_event)?;
             }
         }
@@ -376,6 +381,11 @@ impl Trainer {
     /// Whether there is more than the newest checkpoint has.
     fn is_unsaved(&self) -> bool {
         self.state.step > 0 && self.saved.as_ref() != Some(&self.state)
+    }
+
+    /// Whether no evaluation was better than that of this step.
+    fn is_best(&self) -> bool {
+        self.state.best.is_some_and(|best| best.step == self.state.step)
     }
 
     fn draw(&self) -> Result<(), TrainError> {

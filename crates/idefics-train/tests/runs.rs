@@ -82,6 +82,11 @@ impl Run {
             .unwrap()
     }
 
+    /// Steps whose checkpoints are there.
+    fn saved(&self, output: &str) -> Vec<u64> {
+        state::list(&self.output(output)).into_iter().map(|(step, _)| step).collect()
+    }
+
     /// What a run did in each step, without what a clock says.
     fn steps(&self, output: &str) -> Vec<StepRecord> {
         let records = metrics::read(&self.output(output).join("metrics.jsonl")).unwrap();
@@ -200,8 +205,20 @@ fn failures_of_the_disk_cost_no_steps() {
     let mut trainer = run.trainer("sampled", Start::Fresh).unwrap();
     let error = trainer.run(&AtomicBool::new(false), &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("samples.jsonl"), "{error}");
-    let saved: Vec<u64> = state::list(&run.output("sampled")).into_iter().map(|(step, _)| step).collect();
-    assert_eq!(saved, [3]);
+    assert_eq!(run.saved("sampled"), [3]);
+}
+
+/// The best evaluation falls between two checkpoints, and is kept all the same.
+#[test]
+fn the_best_weights_are_kept() {
+    let run = Run::new(&["checkpoints.every=11", "checkpoints.keep=1"]);
+    let summary = run.stop_after("run", Start::Fresh, 9);
+    assert_eq!(summary.best.unwrap().step, 8);
+    assert_eq!(run.saved("run"), [8, 9]);
+    // Whoever wants no checkpoints on the way gets none.
+    let run = Run { overrides: vec!["checkpoints.every=1000".to_owned()], ..run };
+    run.stop_after("none", Start::Fresh, 9);
+    assert_eq!(run.saved("none"), [9]);
 }
 
 #[test]

@@ -182,7 +182,11 @@ fn summary_text(summary: &Summary, resume: &str) -> String {
     let evaluation = summary.evaluation.map_or(String::new(), |record| {
         format!(", held-out loss {:.4}, accuracy {:.3}", record.loss, record.accuracy)
     });
-    let steps = format!("{} of {} steps{evaluation}", summary.step, summary.total_steps);
+    let best = match summary.best.filter(|best| best.step != summary.step) {
+        Some(best) => format!(" (the lowest was {:.4} at step {})", best.loss, best.step),
+        None => String::new(),
+    };
+    let steps = format!("{} of {} steps{evaluation}{best}", summary.step, summary.total_steps);
     match (summary.end, &summary.model) {
         (End::Interrupted, _) => format!("stopped after {steps}; go on with: {resume}"),
         (end, model) => {
@@ -205,6 +209,7 @@ fn summary_json(summary: &Summary) -> serde_json::Value {
         "step": summary.step,
         "total_steps": summary.total_steps,
         "evaluation": summary.evaluation,
+        "best": summary.best,
         "model": summary.model,
     })
 }
