@@ -287,6 +287,13 @@ impl Default for EvaluationConfig {
     }
 }
 
+impl EvaluationConfig {
+    /// Whether there is anything to evaluate on.
+    pub fn has_data(&self) -> bool {
+        self.held_out > 0.0 || !self.data.is_empty()
+    }
+}
+
 /// What is written on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -520,6 +527,13 @@ impl TrainConfig {
             &self.evaluation.held_out,
         )?;
         check(self.evaluation.every > 0, "evaluation.every", "at least 1", &0)?;
+        check(self.evaluation.max_samples > 0, "evaluation.max_samples", "at least 1", &0)?;
+        check(
+            self.evaluation.patience == 0 || self.evaluation.has_data(),
+            "evaluation.patience",
+            "0 without `evaluation.held_out` or `evaluation.data`",
+            &self.evaluation.patience,
+        )?;
         check(self.checkpoints.every > 0, "checkpoints.every", "at least 1", &0)?;
         check(self.checkpoints.keep > 0, "checkpoints.keep", "at least 1", &0)?;
         check(self.samples.every > 0, "samples.every", "at least 1", &0)?;
@@ -655,6 +669,14 @@ mod tests {
         check("[batch]\ntokens = 10\n", "batch.tokens: expected at least `sequence.length`, got 10");
         check("[sequence]\nmax_images = 0\n", "sequence.max_images: expected at least 1, got 0");
         check("[evaluation]\nheld_out = 1.5\n", "evaluation.held_out: expected a share");
+        check(
+            "[evaluation]\npatience = 2\n",
+            "evaluation.patience: expected 0 without `evaluation.held_out` or `evaluation.data`, got 2",
+        );
+        check(
+            "[evaluation]\nheld_out = 0.1\nmax_samples = 0\n",
+            "evaluation.max_samples: expected at least 1",
+        );
         check("[augment]\nscale = [0.5, 2.0]\n", "augment: expected ranges");
         check(
             "[[trainable.rates]]\nparts = ['vision']\nfactor = -1.0\n",

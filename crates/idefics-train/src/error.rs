@@ -11,7 +11,12 @@ use idefics::{
     quantize::QuantizeError,
 };
 
-use crate::{adapter::LoraError, config::ConfigError, data::DataError, freeze::UnknownModuleType};
+use crate::{
+    adapter::LoraError,
+    config::ConfigError,
+    data::{DataError, SampleError},
+    freeze::UnknownModuleType,
+};
 
 /// Any failure of a training run.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +87,14 @@ pub enum TrainError {
         field: &'static str,
         /// The parts of the names.
         parts: Vec<String>,
+    },
+    /// Evaluation was asked for, but no sample of it can be used.
+    #[error("evaluation: none of the {read} samples can be used; the last one: {last}")]
+    NoEvaluation {
+        /// How many were read.
+        read: usize,
+        /// One of them.
+        last: SampleError,
     },
     /// Room for pictures that a tower has read, where the next step would read them otherwise.
     #[error(

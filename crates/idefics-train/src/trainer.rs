@@ -128,7 +128,7 @@ pub struct Trainer {
     state: RunState,
     /// While it runs.
     log: Option<Log>,
-    evaluation: Vec<TrainingSequence>,
+    evaluation: EvaluationSet,
     prompts: Vec<idefics::SequenceInputs>,
     report: DataReport,
     memory: Prediction,
@@ -178,7 +178,7 @@ impl Trainer {
         let encoder = Encoder::new(processor.clone(), config.sequence, config.augment, config.seed);
         let report = DataReport::new(&mixture, &encoder, config.loading.check);
         check_broken(&report, config.loading.max_broken)?;
-        let evaluation = evaluation_set(&config, &mixture, &encoder)?;
+        let evaluation = EvaluationSet::load(&config, &mixture, &encoder)?;
         let prompts = prompts(&config, &processor)?;
 
         let ctx = context(&config, &source.weights);
@@ -280,7 +280,12 @@ impl Trainer {
 
     /// Sequences of an evaluation.
     pub fn num_evaluation_sequences(&self) -> usize {
-        self.evaluation.len()
+        self.evaluation.sequences.len()
+    }
+
+    /// Samples of evaluations that cannot be used.
+    pub fn broken_evaluation_samples(&self) -> &[SampleError] {
+        &self.evaluation.broken
     }
 
     /// Runs the largest batch forward and backward, and forgets it: what memory does not hold ends here, and not
@@ -317,7 +322,7 @@ impl Trainer {
         let mut evaluation = None;
         let end = self.steps(stop, &mut evaluation, on_event)?;
         let step = self.state.step;
-        if end != End::Interrupted && !self.evaluation.is_empty() {
+        if end != End::Interrupted && !self.evaluation.sequences.is_empty() {
             let is_new = evaluation.as_ref().is_none_or(|last: &EvaluationRecord| last.step != step);
             if is_new {
                 evaluation = Some(self.evaluate(on_event)?);
@@ -359,7 +364,7 @@ impl Trainer {
                 continue;
             }
             let step = self.state.step;
-            if step.is_multiple_of(self.config.evaluation.every) && !self.evaluation.is_empty() {
+            if step.is_multiple_of(self.config.evaluation.every) && !self.evaluation.sequences.is_empty() {
                 *evaluation = Some(self.evaluate(on_event)?);
                 if self.is_best() && self.config.checkpoints.every < self.state.total_steps {
                     self.save(on_event)?;
@@ -531,7 +536,7 @@ impl Trainer {
         let model = self.learner.model()?;
         let mut loss = LossSum::default();
         let (tokens, images) = (self.config.batch.tokens, self.config.batch.images);
-        let mut rest = self.evaluation.as_slice();
+        let mut rest = self.evaluation.sequences.as_slice();
         while !rest.is_empty() {
             let mut sums = (0, 0);
             let fits = rest.iter().take_while(|sequence| {
@@ -655,34 +660,44 @@ fn mixture(sources: &[SourceConfig], held_out: f64, seed: u64) -> Result<Mixture
     Mixture::new(sources.iter().map(share).collect::<Result<_, DataError>>()?, held_out, seed)
 }
 
-/// The sequences of all evaluations, read once.
-fn evaluation_set(
-    config: &TrainConfig,
-    training: &Mixture,
-    encoder: &Encoder,
-) -> Result<Vec<TrainingSequence>, TrainError> {
-    let encoder = encoder.without_augmentation();
-    let most = config.evaluation.max_samples;
-    let held_out = training.held_out();
-    // Evenly from all sources when there are more than are wanted.
-    let stride = held_out.len().div_ceil(most.max(1)).max(1);
-    let mut sequences = Vec::new();
-    let mut take = |mixture: &Mixture, addresses: &[Address]| {
+/// The data of all evaluations, read once.
+struct EvaluationSet {
+    sequences: Vec<TrainingSequence>,
+    /// Samples that cannot be used.
+    broken: Vec<SampleError>,
+}
+
+impl EvaluationSet {
+    fn load(config: &TrainConfig, training: &Mixture, encoder: &Encoder) -> Result<Self, TrainError> {
+        let encoder = encoder.without_augmentation();
+        let most = config.evaluation.max_samples;
+        let held_out = training.held_out();
+        // Evenly from all sources when there are more than are wanted.
+        let stride = held_out.len().div_ceil(most.max(1)).max(1);
+        let mut set = Self { sequences: Vec::new(), broken: Vec::new() };
+        set.read(training, &encoder, &held_out.iter().copied().step_by(stride).collect::<Vec<_>>());
+        if !config.evaluation.data.is_empty() {
+            let mut mixture = mixture(&config.evaluation.data, 0.0, config.seed)?;
+            let count = mixture.num_samples().min(most as u64);
+            let addresses: Vec<Address> = (0..count).map(|_| mixture.advance()).collect();
+            set.read(&mixture, &encoder, &addresses);
+        }
+        match set.broken.last() {
+            Some(last) if set.sequences.is_empty() => {
+                Err(TrainError::NoEvaluation { read: set.broken.len(), last: last.clone() })
+            }
+            _ => Ok(set),
+        }
+    }
+
+    fn read(&mut self, mixture: &Mixture, encoder: &Encoder, addresses: &[Address]) {
         for &address in addresses {
-            // A broken sample is named when it is met; here it only does not count.
-            if let Ok(loaded) = load(&encoder, &**mixture.source(address), address) {
-                sequences.extend(loaded);
+            match load(encoder, &**mixture.source(address), address) {
+                Ok(sequences) => self.sequences.extend(sequences),
+                Err(error) => self.broken.push(error),
             }
         }
-    };
-    take(training, &held_out.iter().copied().step_by(stride).collect::<Vec<_>>());
-    if !config.evaluation.data.is_empty() {
-        let mut mixture = mixture(&config.evaluation.data, 0.0, config.seed)?;
-        let count = mixture.num_samples().min(most as u64);
-        let addresses: Vec<Address> = (0..count).map(|_| mixture.advance()).collect();
-        take(&mixture, &addresses);
     }
-    Ok(sequences)
 }
 
 /// The largest batch that the run can meet, as far as its samples were looked at: the longest sequence, as often

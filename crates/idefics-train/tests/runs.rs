@@ -13,6 +13,7 @@ use idefics_testing::fixture;
 use idefics_train::{
     TrainError,
     config::TrainConfig,
+    data::{Format, SourceConfig},
     metrics::{self, Record, StepRecord},
     state,
     trainer::{End, Event, Start, Summary, Trainer},
@@ -338,8 +339,7 @@ impl Run {
         Trainer::new(config, fixture("tiny"), Start::Fresh).unwrap()
     }
 
-    fn data(&self) -> Vec<idefics_train::data::SourceConfig> {
-        use idefics_train::data::{Format, SourceConfig};
+    fn data(&self) -> Vec<SourceConfig> {
         let mut source = SourceConfig::new(Format::Jsonl, self.dir.path().join("data.jsonl"));
         source.image_root = Some(fixture("processor"));
         vec![source]
@@ -365,6 +365,29 @@ fn broken_samples_are_named_and_too_many_stop_the_run() {
     fs::write(&path, format!("{text}\n{}", ["nonsense"; 100].join("\n"))).unwrap();
     let error = run.trainer("more", Start::Fresh).err().unwrap().to_string();
     assert!(error.contains("are broken"), "seen before the run begins: {error}");
+}
+
+/// What cannot be evaluated is counted; where nothing is left of an evaluation, the run does not begin.
+#[test]
+fn broken_samples_of_an_evaluation_are_named() {
+    let run = Run::new(&["evaluation.held_out=0.0"]);
+    let path = run.dir.path().join("evaluation.jsonl");
+    let broken = r#"{"prompt": [{"image": "missing.jpg"}], "continuation": " nothing"}"#;
+    let trainer = |text: &str| {
+        fs::write(&path, text).unwrap();
+        let mut config = run.config("x");
+        config.evaluation.data = vec![SourceConfig::new(Format::Jsonl, &path)];
+        Trainer::new(config, fixture("tiny"), Start::Fresh)
+    };
+    let some = trainer(&format!("{broken}\n{{\"text\": \"some words\"}}")).unwrap();
+    assert_eq!(some.num_evaluation_sequences(), 1);
+    let [error] = some.broken_evaluation_samples() else { panic!() };
+    assert!(error.place.ends_with("evaluation.jsonl, line 1"), "{error}");
+    let error = trainer(broken).err().unwrap().to_string();
+    assert!(
+        error.starts_with("evaluation: none of the 1 samples can be used") && error.contains("missing.jpg"),
+        "{error}"
+    );
 }
 
 /// QLoRA: the packed layers stay, the factors move, a run that was stopped goes on, and the adapter is what the

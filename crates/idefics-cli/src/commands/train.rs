@@ -126,6 +126,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(output::print(&summary_text(&summary, &resume))?)
 }
 
+/// Broken samples of the evaluation that are named.
+const NAMED: usize = 20;
+
 /// What is about to happen, on stderr.
 fn describe(trainer: &Trainer) {
     let (report, parameters) = (trainer.data_report(), trainer.parameters());
@@ -148,6 +151,10 @@ fn describe(trainer: &Trainer) {
     );
     for broken in &report.broken {
         eprintln!("broken: {broken}");
+    }
+    let not_evaluated = trainer.broken_evaluation_samples();
+    for broken in not_evaluated.iter().take(NAMED) {
+        eprintln!("broken, of the evaluation: {broken}");
     }
     if let Some((_, tokens, images)) = report.longest {
         eprintln!("longest sequence: {tokens} tokens, {images} pictures");
@@ -175,7 +182,12 @@ fn describe(trainer: &Trainer) {
     if state.step > 0 {
         eprintln!("resuming after step {}", state.step);
     }
-    eprintln!("steps: {}; evaluation: {} sequences", state.total_steps, trainer.num_evaluation_sequences());
+    let broken = match not_evaluated.len() {
+        0 => String::new(),
+        count => format!(", {count} samples are broken"),
+    };
+    let sequences = trainer.num_evaluation_sequences();
+    eprintln!("steps: {}; evaluation: {sequences} sequences{broken}", state.total_steps);
 }
 
 fn summary_text(summary: &Summary, resume: &str) -> String {
