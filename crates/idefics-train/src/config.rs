@@ -1,6 +1,7 @@
 //! The configuration of a run: a TOML file, every value of which a flag can replace.
 //!
-//! Unknown fields are errors. Relative paths begin where the command runs, as those of its flags do.
+//! Unknown fields are errors. Relative paths begin where the command runs, as those of its flags do; what a run
+//! writes of its configuration has none.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
-    data::{RandomResizedCrop, SequenceConfig, SourceConfig},
+    data::{Paths, RandomResizedCrop, SequenceConfig, SourceConfig},
     freeze::{Rate, Trainable},
     moments::MomentFormat,
     optim::AdamW,
@@ -23,6 +24,10 @@ use crate::{
     parameters::Precision,
     schedule::Shape,
 };
+
+/// How a file begins that a run wrote.
+const HEAD: &str =
+    "# Written by `idefics train`: the configuration with what flags and defaults made of it.\n";
 
 /// Everything that a run depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -408,6 +413,14 @@ pub enum ConfigError {
         /// What is wrong, on one line.
         reason: String,
     },
+    /// The file cannot be written.
+    #[error("cannot write {}: {reason}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// A value that makes no sense.
     #[error("{field}: expected {expected}, got {got}")]
     Value {
@@ -448,6 +461,47 @@ impl TrainConfig {
         };
         config.validate()?;
         Ok(config)
+    }
+
+    /// Writes the file of this configuration, flags and defaults included; [`load`](Self::load) has it from anywhere.
+    /// A file of that name that somebody else wrote stays, and the answer is false.
+    pub fn write(&self, path: &Path) -> Result<bool, ConfigError> {
+        let bad = |reason: String| ConfigError::Write { path: path.to_owned(), reason };
+        if std::fs::read_to_string(path).is_ok_and(|text| !text.starts_with(HEAD)) {
+            return Ok(false);
+        }
+        let text =
+            toml::to_string(&self.clone().with_absolute_paths()).map_err(|error| bad(error.to_string()))?;
+        let partial = path.with_extension("toml.partial");
+        std::fs::write(&partial, format!("{HEAD}{text}"))
+            .and_then(|()| std::fs::rename(&partial, path))
+            .map_err(|error| bad(error.to_string()))?;
+        Ok(true)
+    }
+
+    /// The same with paths that do not depend on where the command runs.
+    fn with_absolute_paths(mut self) -> Self {
+        // Names on the hub are no paths.
+        if Path::new(&self.model).is_dir() {
+            self.model = absolute(Path::new(&self.model)).to_string_lossy().into_owned();
+        }
+        self.output = absolute(&self.output);
+        for source in self.data.iter_mut().chain(&mut self.evaluation.data) {
+            source.image_root = source.image_root.as_deref().map(absolute);
+            source.path = match &source.path {
+                Paths::One(path) => Paths::One(absolute(path)),
+                Paths::Many(paths) => Paths::Many(paths.iter().map(absolute).collect()),
+            };
+        }
+        if let Some(lora) = &mut self.lora {
+            lora.start = lora.start.as_deref().map(absolute);
+        }
+        for part in self.samples.prompts.iter_mut().flatten() {
+            if let PromptPart::Image(path) = part {
+                *path = absolute(&*path);
+            }
+        }
+        self
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
@@ -562,6 +616,12 @@ impl TrainConfig {
     }
 }
 
+/// Where a path leads from here; it need not be there.
+fn absolute(path: impl AsRef<Path>) -> PathBuf {
+    let path = path.as_ref();
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// Puts one `a.b=value` into a table.
 fn set(table: &mut Table, text: &str) -> Result<(), ConfigError> {
     let bad = |reason: &str| ConfigError::Parse { origin: text.to_owned(), reason: reason.to_owned() };
@@ -655,6 +715,32 @@ mod tests {
         assert_eq!(bounds(&["run.epochs=2", "run.steps=7"]), (Some(7), None));
         assert!(parse(SHORTEST, &["steps"]).unwrap_err().contains("FIELD=VALUE"));
         assert!(parse(SHORTEST, &["model.x=1"]).unwrap_err().contains("no fields in it"));
+    }
+
+    #[test]
+    fn what_a_run_writes_is_read_again_from_anywhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        let text = "model = 'some/name'\noutput = 'o'\n[run]\nepochs = 2\n[lora]\nstart = 'a'\n[quantize]\n\
+            format = 'nf4+dq'\n[trainable]\nunfreeze = [['a', 'b']]\nrates = [{parts = ['a'], factor = 0.5}]\n\
+            [augment]\n[optimizer]\nmoments = '8bit'\n[samples]\nprompts = [[{text = 'x'}, {image = 'i.png'}]]\n\
+            [[evaluation.data]]\nformat = 'csv'\npath = ['x', 'y*.csv']\nprompt = 'p'\n\
+            [[data]]\nformat = 'jsonl'\npath = 'x'\nimage_root = 'r'\n";
+        let config = parse(text, &["run.steps=7", "seed=3"]).unwrap();
+        assert!(config.write(&path).unwrap());
+        let read = TrainConfig::load(&path, &[]).unwrap();
+        assert_eq!(read, config.clone().with_absolute_paths());
+        assert_eq!((read.run.steps, read.run.epochs, read.model.as_str()), (Some(7), None, "some/name"));
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(read.output, here.join("o"));
+        assert_eq!(read.data[0].path, Paths::One(here.join("x")));
+        assert_eq!(read.evaluation.data[0].path, Paths::Many(vec![here.join("x"), here.join("y*.csv")]));
+        // A second time as the first, and over nothing that a person wrote.
+        assert!(read.write(&path).unwrap());
+        assert_eq!(TrainConfig::load(&path, &[]).unwrap(), read);
+        std::fs::write(&path, "# mine\n").unwrap();
+        assert!(!config.write(&path).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "# mine\n");
     }
 
     #[test]

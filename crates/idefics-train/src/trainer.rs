@@ -48,6 +48,8 @@ use crate::{
 /// Rollbacks without a new checkpoint after which a run gives up.
 const MAX_ROLLBACKS: u64 = 3;
 const METRICS_FILE: &str = "metrics.jsonl";
+/// What a run writes of its configuration.
+const CONFIG_FILE: &str = "config.toml";
 const SAMPLES_FILE: &str = "samples.jsonl";
 const EVENTS_FOLDER: &str = "tensorboard";
 /// The picture of a run's curves.
@@ -134,6 +136,8 @@ pub struct Trainer {
     memory: Prediction,
     longest: Vec<TrainingSequence>,
     rollbacks: u64,
+    /// The file with the whole configuration, once it is there.
+    written_config: Option<PathBuf>,
     /// What the newest checkpoint says.
     saved: Option<RunState>,
     /// Whether the weights are not those of `state`.
@@ -248,6 +252,7 @@ impl Trainer {
             memory,
             longest,
             rollbacks: 0,
+            written_config: None,
             saved,
             is_going_back: false,
         })
@@ -271,6 +276,11 @@ impl Trainer {
     /// The configuration of the run.
     pub fn config(&self) -> &TrainConfig {
         &self.config
+    }
+
+    /// A file with that configuration, once the run has begun; none where another file has its name.
+    pub fn written_config(&self) -> Option<&Path> {
+        self.written_config.as_deref()
     }
 
     /// Where the run is.
@@ -306,6 +316,8 @@ impl Trainer {
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Summary, TrainError> {
         self.log = Some(Log::open(&self.config.output, &self.state)?);
+        let written = self.config.output.join(CONFIG_FILE);
+        self.written_config = self.config.write(&written)?.then_some(written);
         let result = self.train(stop, on_event);
         if result.is_err() && self.is_unsaved() && !self.is_going_back {
             // The first failure is the one to be told.

@@ -25,9 +25,10 @@ Examples:
   idefics train pets.toml --steps 200 --learning-rate 2e-5 --output runs/pets-2
   idefics train pets.toml --set batch.accumulation=8 --set optimizer.moments=8bit
   idefics train pets.toml --resume
+  idefics train runs/pets-2/config.toml --resume
 
 The configuration and how to choose it: docs/fine-tuning.md. Ctrl-C saves and ends; --resume goes on as if nothing
-had happened.";
+had happened. A run whose flags changed its configuration goes on from the config.toml in its output directory.";
 
 /// Train a model: all of it, some of its parts, or LoRA beside it
 #[derive(clap::Args)]
@@ -98,6 +99,12 @@ fn toml_text(text: &str) -> String {
     json!(text).to_string()
 }
 
+/// A text as one word of a command line.
+fn shell_word(text: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "/\\._-+=:@%".contains(c);
+    if text.chars().all(is_plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     pack_large_blocks();
     let config = TrainConfig::load(&args.config, &args.overrides())?;
@@ -122,7 +129,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.json {
         return Ok(output::print(&summary_json(&summary).to_string())?);
     }
-    let resume = format!("idefics train {} --resume", args.config.display());
+    // The run's own file has what flags said, too.
+    let config = trainer.written_config().unwrap_or(&args.config);
+    let resume = format!("idefics train {} --resume", shell_word(&config.to_string_lossy()));
     Ok(output::print(&summary_text(&summary, &resume))?)
 }
 
@@ -200,6 +209,9 @@ fn summary_text(summary: &Summary, resume: &str) -> String {
     };
     let steps = format!("{} of {} steps{evaluation}{best}", summary.step, summary.total_steps);
     match (summary.end, &summary.model) {
+        (End::Interrupted, _) if summary.step == 0 => {
+            "stopped before the first step; nothing was saved".to_owned()
+        }
         (End::Interrupted, _) => format!("stopped after {steps}; go on with: {resume}"),
         (end, model) => {
             let model =
@@ -336,6 +348,24 @@ mod tests {
         assert_eq!((config.seed, config.run.steps), (1, Some(7)));
         assert_eq!(config.output, PathBuf::from("a \"b\""));
         assert_eq!(config.optimizer.learning_rate, 1e-5);
+    }
+
+    #[test]
+    fn what_goes_on_is_one_line_or_nothing() {
+        let summary = |step| Summary {
+            end: End::Interrupted,
+            step,
+            total_steps: 9,
+            evaluation: None,
+            best: None,
+            model: None,
+        };
+        let resume = format!("idefics train {} --resume", shell_word("my runs/it's/config.toml"));
+        assert_eq!(
+            summary_text(&summary(3), &resume),
+            r"stopped after 3 of 9 steps; go on with: idefics train 'my runs/it'\''s/config.toml' --resume"
+        );
+        assert!(!summary_text(&summary(0), &resume).contains("--resume"));
     }
 
     /// What `--help` and the README show can be typed with the guide's configuration.
