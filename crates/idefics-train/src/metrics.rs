@@ -154,7 +154,9 @@ mod tests {
         assert_eq!(read(&path).unwrap(), [record(1), record(2), record(3)]);
         // Skipped data is not met again, steps are.
         let skip = |step| Record::Skip(SkipRecord { step, reason: "loss NaN".to_owned() });
-        [skip(4), skip(5)].iter().for_each(|skip| metrics.write(skip).unwrap());
+        for skip in [skip(4), skip(5)] {
+            metrics.write(&skip).unwrap();
+        }
         Metrics::open(&path, 1, 1).unwrap();
         assert_eq!(read(&path).unwrap(), [record(1), skip(4)]);
     }

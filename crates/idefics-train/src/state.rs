@@ -173,7 +173,7 @@ fn write_over(
     fs::rename(path, &old).map_err(io_error("rename", path))?;
     fs::rename(&new, path).map_err(io_error("rename", &new))?;
     sync(path.parent().unwrap_or(Path::new(".")))?;
-    fs::remove_dir_all(&old).map_err(io_error("remove", &old))
+    remove(&old)
 }
 
 /// Gives a directory its name back if a kill came while another took its place; else removes what is left of it.
@@ -183,7 +183,7 @@ fn put_back(path: &Path) -> Result<(), TrainError> {
         return Ok(());
     }
     if path.exists() {
-        return fs::remove_dir_all(&old).map_err(io_error("remove", &old));
+        return remove(&old);
     }
     fs::rename(&old, path).map_err(io_error("rename", &old))
 }

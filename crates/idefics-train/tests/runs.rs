@@ -356,7 +356,7 @@ fn broken_samples_are_named_and_too_many_stop_the_run() {
     run.finish("few", Start::Fresh);
     let named = fs::read_to_string(run.output("few").join("broken.jsonl")).unwrap();
     assert!(named.contains("line 62") || named.contains("line 63"), "{named}");
-    fs::write(&path, format!("{text}\n{}", [broken; 100].join("\n"))).unwrap();
+    fs::write(&path, format!("{text}\n{}", [broken; 20].join("\n"))).unwrap();
     let mut trainer = run.trainer("many", Start::Fresh).unwrap();
     let error = trainer.run(&AtomicBool::new(false), &mut |_| {}).err().unwrap().to_string();
     assert!(error.contains("samples are broken"), "{error}");
