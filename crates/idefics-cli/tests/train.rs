@@ -85,6 +85,7 @@ fn a_folder_of_pictures_becomes_a_model() {
     assert!(stdout(&report).contains("fits"));
     let stderr = String::from_utf8_lossy(&report.stderr).into_owned();
     assert!(stderr.contains("data: 29 samples") && stderr.contains("memory:"), "{stderr}");
+    assert!(!run.output("dry").exists(), "nothing is written before a run");
     let output = run.run("whole", &["--json"]);
     let summary: Value = serde_json::from_str(&stdout(&output)).unwrap();
     assert_eq!((summary["end"].as_str(), summary["step"].as_u64()), (Some("finished"), Some(40)));
@@ -131,10 +132,15 @@ fn signals_save_and_say_how_to_go_on() {
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success());
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(said.contains("stopped after") && said.contains("run.toml --resume"), "{said}");
+        // What it says can be typed as it is, and means the run with its flags.
+        let config = run.output(signal).join("config.toml");
+        let resume = format!("go on with: idefics train {} --resume", config.display());
+        assert!(said.contains("stopped after") && said.trim().ends_with(&resume), "{said}");
         let step: u64 = said.split_whitespace().nth(2).unwrap().parse().unwrap();
         let steps = (step + 1).to_string();
-        let resumed = stdout(&run.run(signal, &["--resume", "--steps", &steps]));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_idefics"));
+        command.env("HF_HUB_OFFLINE", "1").current_dir("/").arg("train").arg(&config);
+        let resumed = stdout(&command.args(["--resume", "--steps", &steps]).output().unwrap());
         assert!(resumed.contains(&format!("finished after {steps} of {steps} steps")), "{resumed}");
     }
 }

@@ -2,7 +2,10 @@
 
 use rayon::prelude::*;
 
-use crate::data::{Address, Encoder, Mixture, SampleError};
+use crate::{
+    data::{Address, Encoder, Mixture, SampleError},
+    packing::BatchConfig,
+};
 
 /// What was found.
 #[derive(Debug, Clone, Default)]
@@ -25,10 +28,14 @@ pub struct DataReport {
     pub num_broken: u64,
     /// The sample whose longest sequence has most tokens and pictures, and how many these are.
     pub longest: Option<(Address, usize, usize)>,
+    /// Tokens and pictures of the sequences of each sample that was looked at, in the order of a run.
+    sizes: Vec<Vec<(usize, usize)>>,
 }
 
 /// Broken samples that are named.
 const NAMED: usize = 20;
+/// Samples over which steps are counted; of a longer run they are a part.
+const COUNTED: u64 = 1 << 22;
 /// Tokens that a picture is worth when sequences are compared.
 const TOKENS_OF_IMAGE: usize = 256;
 
@@ -76,11 +83,13 @@ impl DataReport {
         match seen.outcome {
             Err(error) => {
                 self.num_broken += 1;
+                self.sizes.push(Vec::new());
                 if self.broken.len() < NAMED {
                     self.broken.push(error);
                 }
             }
             Ok(sequences) => {
+                self.sizes.push(sequences.iter().map(|&(tokens, _, images)| (tokens, images)).collect());
                 for (tokens, targets, images) in sequences {
                     self.sequences += 1;
                     self.tokens += tokens as u64;
@@ -97,16 +106,39 @@ impl DataReport {
         }
     }
 
-    /// Steps that so many samples will give, about.
-    pub fn steps_for(&self, samples: f64, batch: &crate::packing::BatchConfig) -> u64 {
-        if self.checked == 0 {
-            return 0;
-        }
-        let share = samples / self.checked as f64;
-        let by = |count: u64, limit: usize| share * count as f64 / limit as f64;
-        let passes = by(self.tokens, batch.tokens)
-            .max(by(self.images, batch.images))
-            .max(batch.sequences.map_or(0.0, |limit| by(self.sequences, limit)));
-        ((passes / batch.accumulation as f64).ceil() as u64).max(1)
+    /// Steps that so many samples will give, about: those of the samples that were looked at, one after the other
+    /// as often as it takes. Orders of later epochs fill batches a little otherwise.
+    pub fn steps_for(&self, samples: f64, batch: &BatchConfig) -> u64 {
+        let counted = (samples.ceil() as u64).min(COUNTED);
+        let met = self.sizes.iter().cycle().take(counted as usize);
+        let batches = batch.num_batches(met.flatten().copied());
+        let share = samples / counted.max(1) as f64;
+        ((share * batches as f64 / batch.accumulation as f64).ceil() as u64).max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(sizes: &[(usize, usize)]) -> DataReport {
+        DataReport { sizes: sizes.iter().map(|&size| vec![size]).collect(), ..DataReport::default() }
+    }
+
+    /// No sequence is cut, so that two of 60 tokens do not share 100; and what is left of one epoch is filled up by
+    /// the next.
+    #[test]
+    fn steps_are_what_the_packer_will_make() {
+        let batch = BatchConfig { tokens: 100, images: 2, ..BatchConfig::default() };
+        assert_eq!(report(&[(60, 0)]).steps_for(50.0, &batch), 50);
+        assert_eq!(report(&[(10, 2), (10, 1)]).steps_for(50.0, &batch), 50);
+        assert_eq!(report(&[(50, 0); 3]).steps_for(6.0, &batch), 3);
+        let accumulation = BatchConfig { accumulation: 4, ..batch };
+        assert_eq!(report(&[(60, 0)]).steps_for(50.0, &accumulation), 13);
+        let whole = COUNTED as f64 * 10.0;
+        assert_eq!(report(&[(60, 0)]).steps_for(whole, &batch), COUNTED * 10);
+        // Broken samples give no sequence.
+        let broken = DataReport { sizes: vec![vec![(60, 0)], Vec::new()], ..DataReport::default() };
+        assert_eq!(broken.steps_for(50.0, &batch), 25);
     }
 }

@@ -1,6 +1,7 @@
 //! The configuration of a run: a TOML file, every value of which a flag can replace.
 //!
-//! Unknown fields are errors. Relative paths begin where the command runs, as those of its flags do.
+//! Unknown fields are errors. Relative paths begin where the command runs, as those of its flags do; what a run
+//! writes of its configuration has none.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
-    data::{RandomResizedCrop, SequenceConfig, SourceConfig},
+    data::{Paths, RandomResizedCrop, SequenceConfig, SourceConfig},
     freeze::{Rate, Trainable},
     moments::MomentFormat,
     optim::AdamW,
@@ -23,6 +24,10 @@ use crate::{
     parameters::Precision,
     schedule::Shape,
 };
+
+/// How a file begins that a run wrote.
+const HEAD: &str =
+    "# Written by `idefics train`: the configuration with what flags and defaults made of it.\n";
 
 /// Everything that a run depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -287,11 +292,19 @@ impl Default for EvaluationConfig {
     }
 }
 
+impl EvaluationConfig {
+    /// Whether there is anything to evaluate on.
+    pub fn has_data(&self) -> bool {
+        self.held_out > 0.0 || !self.data.is_empty()
+    }
+}
+
 /// What is written on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CheckpointConfig {
-    /// Steps between two checkpoints; there is one at the end, too.
+    /// Steps between two checkpoints; there is one at the end, too, and one whenever an evaluation is the best so
+    /// far, unless a run has fewer steps than this.
     pub every: u64,
     /// How many of the newest are kept; the best one is kept besides.
     pub keep: usize,
@@ -400,6 +413,14 @@ pub enum ConfigError {
         /// What is wrong, on one line.
         reason: String,
     },
+    /// The file cannot be written.
+    #[error("cannot write {}: {reason}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// A value that makes no sense.
     #[error("{field}: expected {expected}, got {got}")]
     Value {
@@ -414,7 +435,7 @@ pub enum ConfigError {
 
 impl TrainConfig {
     /// Reads a file and puts `overrides` over it: `optimizer.learning_rate=1e-4`, with values as in TOML; what is
-    /// no value of TOML is a text.
+    /// no value of TOML is a text. `run.steps` takes the place of `run.epochs`, and the reverse.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
@@ -442,6 +463,47 @@ impl TrainConfig {
         Ok(config)
     }
 
+    /// Writes the file of this configuration, flags and defaults included; [`load`](Self::load) has it from anywhere.
+    /// A file of that name that somebody else wrote stays, and the answer is false.
+    pub fn write(&self, path: &Path) -> Result<bool, ConfigError> {
+        let bad = |reason: String| ConfigError::Write { path: path.to_owned(), reason };
+        if std::fs::read_to_string(path).is_ok_and(|text| !text.starts_with(HEAD)) {
+            return Ok(false);
+        }
+        let text =
+            toml::to_string(&self.clone().with_absolute_paths()).map_err(|error| bad(error.to_string()))?;
+        let partial = path.with_extension("toml.partial");
+        std::fs::write(&partial, format!("{HEAD}{text}"))
+            .and_then(|()| std::fs::rename(&partial, path))
+            .map_err(|error| bad(error.to_string()))?;
+        Ok(true)
+    }
+
+    /// The same with paths that do not depend on where the command runs.
+    fn with_absolute_paths(mut self) -> Self {
+        // Names on the hub are no paths.
+        if Path::new(&self.model).is_dir() {
+            self.model = absolute(Path::new(&self.model)).to_string_lossy().into_owned();
+        }
+        self.output = absolute(&self.output);
+        for source in self.data.iter_mut().chain(&mut self.evaluation.data) {
+            source.image_root = source.image_root.as_deref().map(absolute);
+            source.path = match &source.path {
+                Paths::One(path) => Paths::One(absolute(path)),
+                Paths::Many(paths) => Paths::Many(paths.iter().map(absolute).collect()),
+            };
+        }
+        if let Some(lora) = &mut self.lora {
+            lora.start = lora.start.as_deref().map(absolute);
+        }
+        for part in self.samples.prompts.iter_mut().flatten() {
+            if let PromptPart::Image(path) = part {
+                *path = absolute(&*path);
+            }
+        }
+        self
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
         let check = |ok: bool, field, expected, got: &dyn std::fmt::Display| {
             if ok { Ok(()) } else { Err(ConfigError::Value { field, expected, got: got.to_string() }) }
@@ -457,7 +519,14 @@ impl TrainConfig {
         check(run.steps != Some(0), "run.steps", "at least 1", &0)?;
         let epochs = run.epochs.unwrap_or(1.0);
         check(epochs > 0.0 && epochs.is_finite(), "run.epochs", "a number above 0", &epochs)?;
+        check(
+            run.epochs.is_none() || self.loading.check > 0,
+            "loading.check",
+            "at least 1 with `run.epochs`, whose steps are counted over what is checked",
+            &0,
+        )?;
         check(sequence.length >= 8, "sequence.length", "at least 8", &sequence.length)?;
+        check(sequence.max_images > 0, "sequence.max_images", "at least 1", &0)?;
         check(batch.tokens >= sequence.length, "batch.tokens", "at least `sequence.length`", &batch.tokens)?;
         check(
             batch.images >= sequence.max_images,
@@ -512,6 +581,13 @@ impl TrainConfig {
             &self.evaluation.held_out,
         )?;
         check(self.evaluation.every > 0, "evaluation.every", "at least 1", &0)?;
+        check(self.evaluation.max_samples > 0, "evaluation.max_samples", "at least 1", &0)?;
+        check(
+            self.evaluation.patience == 0 || self.evaluation.has_data(),
+            "evaluation.patience",
+            "0 without `evaluation.held_out` or `evaluation.data`",
+            &self.evaluation.patience,
+        )?;
         check(self.checkpoints.every > 0, "checkpoints.every", "at least 1", &0)?;
         check(self.checkpoints.keep > 0, "checkpoints.keep", "at least 1", &0)?;
         check(self.samples.every > 0, "samples.every", "at least 1", &0)?;
@@ -540,6 +616,12 @@ impl TrainConfig {
     }
 }
 
+/// Where a path leads from here; it need not be there.
+fn absolute(path: impl AsRef<Path>) -> PathBuf {
+    let path = path.as_ref();
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// Puts one `a.b=value` into a table.
 fn set(table: &mut Table, text: &str) -> Result<(), ConfigError> {
     let bad = |reason: &str| ConfigError::Parse { origin: text.to_owned(), reason: reason.to_owned() };
@@ -548,6 +630,12 @@ fn set(table: &mut Table, text: &str) -> Result<(), ConfigError> {
     // A document of one value is the shortest way to read a value.
     let parsed = format!("value = {value}").parse::<Table>().ok().and_then(|mut table| table.remove("value"));
     let value = parsed.unwrap_or_else(|| Value::String(value.to_owned()));
+    // A run is bounded by one of the two: the other goes, wherever it was said.
+    let other = match key {
+        "run.steps" => Some("epochs"),
+        "run.epochs" => Some("steps"),
+        _ => None,
+    };
     let mut parts: Vec<&str> = key.split('.').collect();
     let last = parts.pop().filter(|last| !last.is_empty()).ok_or_else(|| bad("expected FIELD=VALUE"))?;
     let mut table = table;
@@ -555,6 +643,7 @@ fn set(table: &mut Table, text: &str) -> Result<(), ConfigError> {
         let entry = table.entry(part).or_insert_with(|| Value::Table(Table::new()));
         table = entry.as_table_mut().ok_or_else(|| bad("there are no fields in it"))?;
     }
+    other.map(|other| table.remove(other));
     table.insert(last.to_owned(), value);
     Ok(())
 }
@@ -617,8 +706,41 @@ mod tests {
         assert_eq!((config.optimizer.learning_rate, config.run.steps), (2e-4, Some(5)));
         assert_eq!(config.output, Path::new("elsewhere/run 1"));
         assert_eq!(config.augment.unwrap().scale, [0.8, 1.0]);
+        // Either bound of a run takes the place of the other.
+        let bounds = |overrides: &[&str]| {
+            let run = parse(SHORTEST, overrides).unwrap().run;
+            (run.steps, run.epochs)
+        };
+        assert_eq!(bounds(&["run.epochs=2"]), (None, Some(2.0)));
+        assert_eq!(bounds(&["run.epochs=2", "run.steps=7"]), (Some(7), None));
         assert!(parse(SHORTEST, &["steps"]).unwrap_err().contains("FIELD=VALUE"));
         assert!(parse(SHORTEST, &["model.x=1"]).unwrap_err().contains("no fields in it"));
+    }
+
+    #[test]
+    fn what_a_run_writes_is_read_again_from_anywhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        let text = "model = 'some/name'\noutput = 'o'\n[run]\nepochs = 2\n[lora]\nstart = 'a'\n[quantize]\n\
+            format = 'nf4+dq'\n[trainable]\nunfreeze = [['a', 'b']]\nrates = [{parts = ['a'], factor = 0.5}]\n\
+            [augment]\n[optimizer]\nmoments = '8bit'\n[samples]\nprompts = [[{text = 'x'}, {image = 'i.png'}]]\n\
+            [[evaluation.data]]\nformat = 'csv'\npath = ['x', 'y*.csv']\nprompt = 'p'\n\
+            [[data]]\nformat = 'jsonl'\npath = 'x'\nimage_root = 'r'\n";
+        let config = parse(text, &["run.steps=7", "seed=3"]).unwrap();
+        assert!(config.write(&path).unwrap());
+        let read = TrainConfig::load(&path, &[]).unwrap();
+        assert_eq!(read, config.clone().with_absolute_paths());
+        assert_eq!((read.run.steps, read.run.epochs, read.model.as_str()), (Some(7), None, "some/name"));
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(read.output, here.join("o"));
+        assert_eq!(read.data[0].path, Paths::One(here.join("x")));
+        assert_eq!(read.evaluation.data[0].path, Paths::Many(vec![here.join("x"), here.join("y*.csv")]));
+        // A second time as the first, and over nothing that a person wrote.
+        assert!(read.write(&path).unwrap());
+        assert_eq!(TrainConfig::load(&path, &[]).unwrap(), read);
+        std::fs::write(&path, "# mine\n").unwrap();
+        assert!(!config.write(&path).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "# mine\n");
     }
 
     #[test]
@@ -631,7 +753,16 @@ mod tests {
         check("[optimizer]\nlr = 1\n", "line 9: unknown field `lr`");
         check("[batch]\ntokens = 'many'\n", "line 9: invalid type");
         check("[batch]\ntokens = 10\n", "batch.tokens: expected at least `sequence.length`, got 10");
+        check("[sequence]\nmax_images = 0\n", "sequence.max_images: expected at least 1, got 0");
         check("[evaluation]\nheld_out = 1.5\n", "evaluation.held_out: expected a share");
+        check(
+            "[evaluation]\npatience = 2\n",
+            "evaluation.patience: expected 0 without `evaluation.held_out` or `evaluation.data`, got 2",
+        );
+        check(
+            "[evaluation]\nheld_out = 0.1\nmax_samples = 0\n",
+            "evaluation.max_samples: expected at least 1",
+        );
         check("[augment]\nscale = [0.5, 2.0]\n", "augment: expected ranges");
         check(
             "[[trainable.rates]]\nparts = ['vision']\nfactor = -1.0\n",
@@ -641,6 +772,9 @@ mod tests {
             "[loading]\nimage_cache_gb = 1.0\n[augment]\n",
             "loading.image_cache_gb: expected 0 with `augment`",
         );
+        let uncounted = SHORTEST.replace("steps = 10", "epochs = 1") + "[loading]\ncheck = 0\n";
+        let error = parse(&uncounted, &[]).unwrap_err();
+        assert!(error.contains("loading.check: expected at least 1 with `run.epochs`"), "{error}");
         let neither = parse(&SHORTEST.replace("steps = 10", ""), &[]).unwrap_err();
         assert_eq!(neither, "run: expected either `steps` or `epochs`, got neither");
     }

@@ -11,7 +11,12 @@ use idefics::{
     quantize::QuantizeError,
 };
 
-use crate::{adapter::LoraError, config::ConfigError, data::DataError, freeze::UnknownModuleType};
+use crate::{
+    adapter::LoraError,
+    config::ConfigError,
+    data::{DataError, SampleError},
+    freeze::UnknownModuleType,
+};
 
 /// Any failure of a training run.
 #[derive(Debug, thiserror::Error)]
@@ -75,10 +80,29 @@ pub enum TrainError {
         /// The parts of the names.
         parts: Vec<String>,
     },
+    /// A pattern for weights that are not there.
+    #[error("{field}: no weight of the model has all of {parts:?} in its name")]
+    UnusedPattern {
+        /// Where it stands.
+        field: &'static str,
+        /// The parts of the names.
+        parts: Vec<String>,
+    },
+    /// Evaluation was asked for, but no sample of it can be used.
+    #[error("evaluation: none of the {read} samples can be used; the last one: {last}")]
+    NoEvaluation {
+        /// How many were read.
+        read: usize,
+        /// One of them.
+        last: SampleError,
+    },
     /// Room for pictures that a tower has read, where the next step would read them otherwise.
-    #[error("loading.image_cache_gb: expected 0 where the vision tower is trained, as {trained} is")]
+    #[error(
+        "loading.image_cache_gb: expected 0 where the vision tower is trained, as {trained} is (`lora.exclude` leaves \
+         layers out)"
+    )]
     TrainedTower {
-        /// A weight of it.
+        /// A weight of it, or a layer with factors beside it.
         trained: String,
     },
     /// The tokenizer has ids that the model has no rows for.

@@ -37,7 +37,7 @@ pub enum ModuleType {
 /// A list of parts that must all be in a name.
 pub type Pattern = Vec<String>;
 
-/// What is trained. What is not given follows from the preset.
+/// What is trained. What is not given follows from the preset, whichever it is.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Trainable {
@@ -85,7 +85,8 @@ pub struct Rules {
     text: Option<Vec<ModuleType>>,
     vision: Option<Vec<ModuleType>>,
     is_head_frozen: bool,
-    is_all_frozen: bool,
+    /// What no flag names: gated blocks, perceiver, additional vocabulary.
+    is_rest_frozen: bool,
     unfreeze: Vec<Pattern>,
     freeze: Vec<Pattern>,
 }
@@ -101,6 +102,13 @@ impl Trainable {
     /// What the learning rate is multiplied with for the weight of that name.
     pub fn rate_factor(&self, name: &str) -> f64 {
         self.rates.iter().find(|rate| rate.fits(name)).map_or(1.0, |rate| rate.factor)
+    }
+
+    /// The first pattern of `freeze` and `unfreeze` that fits none of the names, and where it stands.
+    pub fn unused_pattern(&self, names: &[&str]) -> Option<(&'static str, &Pattern)> {
+        let freeze = self.freeze.iter().map(|parts| ("trainable.freeze", parts));
+        let unfreeze = self.unfreeze.iter().map(|parts| ("trainable.unfreeze", parts));
+        freeze.chain(unfreeze).find(|(_, parts)| !names.iter().any(|name| fits(parts, name)))
     }
 
     /// The rules for a model of that configuration, and a preset where none was chosen.
@@ -132,7 +140,7 @@ impl Trainable {
             text: self.freeze_text_layers.unwrap_or(text).then_some(text_exceptions),
             vision: self.freeze_vision_layers.unwrap_or(vision).then_some(vision_exceptions),
             is_head_frozen: self.freeze_lm_head.unwrap_or(head),
-            is_all_frozen: preset == Preset::Nothing,
+            is_rest_frozen: preset == Preset::Nothing,
             unfreeze: self.unfreeze.clone(),
             freeze: self.freeze.clone(),
         })
@@ -151,9 +159,6 @@ impl Rules {
     }
 
     fn by_flags(&self, name: &str) -> bool {
-        if self.is_all_frozen {
-            return false;
-        }
         let is_exception =
             |exceptions: &[ModuleType]| module_type(name).is_some_and(|kind| exceptions.contains(&kind));
         if name.starts_with("model.layers.") || name.starts_with("model.norm.") {
@@ -162,8 +167,10 @@ impl Rules {
             self.text.is_none()
         } else if name.starts_with("model.vision_model.") {
             self.vision.as_ref().is_none_or(|exceptions| is_exception(exceptions))
+        } else if name == "lm_head.weight" {
+            !self.is_head_frozen
         } else {
-            name != "lm_head.weight" || !self.is_head_frozen
+            !self.is_rest_frozen
         }
     }
 }
@@ -235,6 +242,16 @@ mod tests {
         check(&preset(Preset::Configured), &config, ".t......t..tt.tt");
         let frozen_text = Trainable { freeze_text_layers: Some(true), ..Trainable::default() };
         check(&frozen_text, &config, ".tttttt.t..tt.tt");
+        // A flag that is set counts where nothing else is trained, too.
+        let layers = Trainable { freeze_text_layers: Some(false), ..preset(Preset::Nothing) };
+        check(&layers, &config, "t........tt..t..");
+        let head = Trainable { freeze_lm_head: Some(false), ..preset(Preset::Nothing) };
+        check(&head, &config, "..............t.");
+        let norms = Trainable {
+            freeze_vision_module_exceptions: Some(vec![ModuleType::LayerNorm]),
+            ..preset(Preset::Nothing)
+        };
+        check(&norms, &config, ".....t..........");
         let linear = Trainable {
             freeze_text_module_exceptions: Some(vec![ModuleType::Linear, ModuleType::LayerNorm]),
             ..frozen_text
@@ -269,5 +286,9 @@ mod tests {
         check(&trainable, &IdeficsConfig::default(), ".........t.t....");
         let trainable = Trainable { freeze: vec![pattern(&["embed"])], ..Trainable::default() };
         check(&trainable, &IdeficsConfig::default(), ".....tt.tttttttt");
+        assert_eq!(trainable.unused_pattern(&NAMES), None);
+        let misspelt = pattern(&["model.layers", "qproj"]);
+        let trainable = Trainable { unfreeze: vec![misspelt.clone()], ..trainable };
+        assert_eq!(trainable.unused_pattern(&NAMES), Some(("trainable.unfreeze", &misspelt)));
     }
 }

@@ -92,13 +92,18 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Begins a file, or goes on with one: what it says of steps after `step` was forgotten and is cut off.
-    pub fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
-        let kept: String = read(path)?
-            .into_iter()
-            .filter(|record| record.step() <= step && step > 0)
-            .map(|record| line(&record))
-            .collect();
+    /// Begins a file, or goes on with one: what it says of steps after `step` was forgotten and is cut off. Of
+    /// skipped steps the first `skipped` stay, since a run that goes back does not read their data again.
+    pub fn open(path: &Path, step: u64, skipped: u64) -> Result<Self, TrainError> {
+        let mut skips = 0;
+        let is_kept = |record: &Record| match record {
+            Record::Skip(_) => {
+                skips += 1;
+                skips <= skipped
+            }
+            _ => record.step() <= step && step > 0,
+        };
+        let kept: String = read(path)?.into_iter().filter(is_kept).map(|record| line(&record)).collect();
         let partial = path.with_extension("jsonl.partial");
         fs::write(&partial, kept).map_err(io_error("write", &partial))?;
         fs::rename(&partial, path).map_err(io_error("rename", &partial))?;
@@ -141,11 +146,18 @@ mod tests {
         let record = |step| {
             Record::Evaluation(EvaluationRecord { step, loss: 0.5, accuracy: 0.25, targets: 3, seconds: 1.0 })
         };
-        let mut metrics = Metrics::open(&path, 0).unwrap();
+        let mut metrics = Metrics::open(&path, 0, 0).unwrap();
         (1..5).for_each(|step| metrics.write(&record(step)).unwrap());
         fs::write(&path, fs::read_to_string(&path).unwrap() + "{\"kind\":\"st").unwrap();
-        let mut metrics = Metrics::open(&path, 2).unwrap();
+        let mut metrics = Metrics::open(&path, 2, 0).unwrap();
         metrics.write(&record(3)).unwrap();
         assert_eq!(read(&path).unwrap(), [record(1), record(2), record(3)]);
+        // Skipped data is not met again, steps are.
+        let skip = |step| Record::Skip(SkipRecord { step, reason: "loss NaN".to_owned() });
+        for skip in [skip(4), skip(5)] {
+            metrics.write(&skip).unwrap();
+        }
+        Metrics::open(&path, 1, 1).unwrap();
+        assert_eq!(read(&path).unwrap(), [record(1), skip(4)]);
     }
 }

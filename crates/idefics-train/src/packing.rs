@@ -29,6 +29,47 @@ impl Default for BatchConfig {
     }
 }
 
+impl BatchConfig {
+    /// Batches that sequences of these tokens and pictures fill, in this order.
+    pub fn num_batches(&self, sizes: impl IntoIterator<Item = (usize, usize)>) -> u64 {
+        let (mut batches, mut filling) = (0, Filling::default());
+        for (tokens, images) in sizes {
+            if filling.is_full(self) || !filling.add(self, tokens, images) {
+                batches += 1;
+                filling = Filling::default();
+                filling.add(self, tokens, images);
+            }
+        }
+        batches + u64::from(filling.sequences > 0)
+    }
+}
+
+/// How full a batch is.
+#[derive(Debug, Clone, Copy, Default)]
+struct Filling {
+    sequences: usize,
+    tokens: usize,
+    images: usize,
+}
+
+impl Filling {
+    /// Whether no sequence is taken any more, however short.
+    fn is_full(&self, config: &BatchConfig) -> bool {
+        config.sequences.is_some_and(|most| self.sequences >= most.max(1))
+    }
+
+    /// Takes a sequence if there is room, or nothing else yet.
+    fn add(&mut self, config: &BatchConfig, tokens: usize, images: usize) -> bool {
+        let (tokens, images) = (self.tokens + tokens, self.images + images);
+        let fits = tokens <= config.tokens && images <= config.images;
+        let is_taken = fits || self.sequences == 0;
+        if is_taken {
+            *self = Self { sequences: self.sequences + 1, tokens, images };
+        }
+        is_taken
+    }
+}
+
 /// Where a run is: the sample that gives the next sequence, and how many of its sequences are used.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Position {
@@ -66,16 +107,13 @@ impl Packer {
         &mut self,
         mut next: impl FnMut() -> Result<Option<Placed>, E>,
     ) -> Result<Vec<Placed>, E> {
-        let (mut batch, mut tokens, mut images) = (Vec::new(), 0, 0);
-        let most = self.config.sequences.unwrap_or(usize::MAX).max(1);
-        while batch.len() < most {
+        let (mut batch, mut filling) = (Vec::new(), Filling::default());
+        while !filling.is_full(&self.config) {
             let Some(placed) = self.carried.take().map_or_else(&mut next, |placed| Ok(Some(placed)))? else {
                 break;
             };
-            tokens += placed.sequence.token_ids.len();
-            images += placed.sequence.images.len();
-            let fits = tokens <= self.config.tokens && images <= self.config.images;
-            if !fits && !batch.is_empty() {
+            let TrainingSequence { token_ids, images, .. } = &placed.sequence;
+            if !filling.add(&self.config, token_ids.len(), images.len()) {
                 self.carried = Some(placed);
                 break;
             }
@@ -126,6 +164,7 @@ mod tests {
             got.push(batch.iter().map(|placed| placed.sequence.token_ids.len()).collect::<Vec<_>>());
         }
         assert_eq!(got, expected);
+        assert_eq!(config.num_batches(sequences.iter().copied()), expected.len() as u64, "{sequences:?}");
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! `checkpoint-00000200/` has the model as it is in use. `training/optimizer.safetensors` has the moments
 //! (`first.NAME`, `second.NAME`; in 8 bits with `scales.NAME`) and the numbers behind rounded weights (`value.NAME`);
-//! `training/state.json` has the rest. A checkpoint gets its name when all of it is on the disk, so a run can be
-//! killed at any moment.
+//! `training/state.json` has the rest. A checkpoint gets its name when all of it is on the disk, and one
+//! that is written anew takes the place of the old one then; so a run can be killed at any moment.
 
 use std::{
     borrow::Cow,
@@ -35,6 +35,8 @@ const FOLDER: &str = "training";
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "checkpoint-";
+/// Ends the name of a directory that gives its place to a new one.
+const REPLACED: &str = "replaced";
 /// The largest header of a file of tensors that is read.
 const MAX_HEADER: u64 = 256 << 20;
 
@@ -128,33 +130,81 @@ pub fn save(
     state: &RunState,
 ) -> Result<PathBuf, TrainError> {
     let path = output.join(format!("{PREFIX}{:08}", state.step));
-    if path.exists() {
-        remove(&path)?;
-    }
-    let writer = CheckpointWriter::create(&path)?;
-    product.write(&writer, parameters)?;
-    let folder = writer.directory().join(FOLDER);
-    fs::create_dir(&folder).map_err(io_error("create", &folder))?;
-    let optimizer = folder.join(OPTIMIZER);
-    write_optimizer(&optimizer, parameters)?;
-    writer.write_json(
-        &format!("{FOLDER}/{STATE}"),
-        &serde_json::to_value(state)
-            .map_err(|error| TrainError::State { path: path.clone(), reason: error.to_string() })?,
-    )?;
-    sync(&folder)?;
-    Ok(writer.finish()?)
+    write_over(&path, |writer| {
+        product.write(writer, parameters)?;
+        let folder = writer.directory().join(FOLDER);
+        fs::create_dir(&folder).map_err(io_error("create", &folder))?;
+        let optimizer = folder.join(OPTIMIZER);
+        write_optimizer(&optimizer, parameters)?;
+        writer.write_json(
+            &format!("{FOLDER}/{STATE}"),
+            &serde_json::to_value(state)
+                .map_err(|error| TrainError::State { path: path.clone(), reason: error.to_string() })?,
+        )?;
+        sync(&folder)
+    })?;
+    Ok(path)
 }
 
 /// Writes the result of a run, without what a run needs to go on.
 pub fn save_result(path: &Path, product: Product<'_>, parameters: &Parameters) -> Result<(), TrainError> {
-    if path.exists() {
-        remove(path)?;
+    write_over(path, |writer| product.write(writer, parameters))
+}
+
+/// Writes a directory; what had its name before goes when all of the new one is on the disk.
+fn write_over(
+    path: &Path,
+    write: impl FnOnce(&CheckpointWriter) -> Result<(), TrainError>,
+) -> Result<(), TrainError> {
+    put_back(path)?;
+    if !path.exists() {
+        let writer = CheckpointWriter::create(path)?;
+        write(&writer)?;
+        writer.finish()?;
+        return Ok(());
     }
-    let writer = CheckpointWriter::create(path)?;
-    product.write(&writer, parameters)?;
+    let (new, old) = (hidden(path, "new"), hidden(path, REPLACED));
+    if new.exists() {
+        fs::remove_dir_all(&new).map_err(io_error("remove", &new))?;
+    }
+    let writer = CheckpointWriter::create(&new)?;
+    write(&writer)?;
     writer.finish()?;
+    fs::rename(path, &old).map_err(io_error("rename", path))?;
+    fs::rename(&new, path).map_err(io_error("rename", &new))?;
+    sync(path.parent().unwrap_or(Path::new(".")))?;
+    remove(&old)
+}
+
+/// Gives a directory its name back if a kill came while another took its place; else removes what is left of it.
+fn put_back(path: &Path) -> Result<(), TrainError> {
+    let old = hidden(path, REPLACED);
+    if !old.exists() {
+        return Ok(());
+    }
+    if path.exists() {
+        return remove(&old);
+    }
+    fs::rename(&old, path).map_err(io_error("rename", &old))
+}
+
+/// Makes whole again what a kill interrupted between two names: checkpoints that [`list`] would not find.
+pub fn recover(output: &Path) -> Result<(), TrainError> {
+    for entry in fs::read_dir(output).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name =
+            name.to_str().and_then(|name| name.strip_prefix('.')?.strip_suffix(REPLACED)?.strip_suffix('.'));
+        if let Some(name) = name.filter(|name| name.starts_with(PREFIX)) {
+            put_back(&output.join(name))?;
+        }
+    }
     Ok(())
+}
+
+/// The name beside a directory for what it is not now.
+fn hidden(path: &Path, ending: &str) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{ending}"))
 }
 
 impl Product<'_> {
@@ -311,8 +361,7 @@ pub fn prune(output: &Path, keep: usize, best: Option<u64>) -> Result<(), TrainE
 
 /// Removes a directory in such a way that half of it never has its name.
 fn remove(path: &Path) -> Result<(), TrainError> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let gone = path.with_file_name(format!(".{name}.removed"));
+    let gone = hidden(path, "removed");
     if gone.exists() {
         fs::remove_dir_all(&gone).map_err(io_error("remove", &gone))?;
     }

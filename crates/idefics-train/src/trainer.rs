@@ -16,7 +16,7 @@ use std::{
 use idefics::{
     ComputeType, ModelFiles, Prompt, Segment,
     adapter::{Adapter, LoraConfig},
-    checkpoint::{Checkpoint, DType, Weights},
+    checkpoint::{Checkpoint, DType, Weights, expected_tensors},
     config::IdeficsConfig,
     generate::{GenerationConfig, generate},
     model::{KeptImages, TrainingSequence},
@@ -48,6 +48,8 @@ use crate::{
 /// Rollbacks without a new checkpoint after which a run gives up.
 const MAX_ROLLBACKS: u64 = 3;
 const METRICS_FILE: &str = "metrics.jsonl";
+/// What a run writes of its configuration.
+const CONFIG_FILE: &str = "config.toml";
 const SAMPLES_FILE: &str = "samples.jsonl";
 const EVENTS_FOLDER: &str = "tensorboard";
 /// The picture of a run's curves.
@@ -83,6 +85,8 @@ pub enum Event<'a> {
     Broken(&'a SampleError),
     /// A checkpoint was written.
     Saved(&'a Path),
+    /// The picture of the curves could not be written, which costs nothing else.
+    NotDrawn(&'a TrainError),
 }
 
 /// How a run ended.
@@ -96,6 +100,8 @@ pub struct Summary {
     pub total_steps: u64,
     /// The last evaluation.
     pub evaluation: Option<EvaluationRecord>,
+    /// The lowest one; the checkpoint of its step is kept.
+    pub best: Option<Best>,
     /// Where the result lies, if the run is finished.
     pub model: Option<PathBuf>,
 }
@@ -122,14 +128,35 @@ pub struct Trainer {
     schedule: Schedule,
     stream: BatchStream,
     state: RunState,
-    metrics: Metrics,
-    events: EventFile,
-    evaluation: Vec<TrainingSequence>,
+    /// While it runs.
+    log: Option<Log>,
+    evaluation: EvaluationSet,
     prompts: Vec<idefics::SequenceInputs>,
     report: DataReport,
     memory: Prediction,
     longest: Vec<TrainingSequence>,
     rollbacks: u64,
+    /// The file with the whole configuration, once it is there.
+    written_config: Option<PathBuf>,
+    /// What the newest checkpoint says.
+    saved: Option<RunState>,
+    /// Whether the weights are not those of `state`.
+    is_going_back: bool,
+}
+
+/// What a run writes about itself.
+struct Log {
+    metrics: Metrics,
+    events: EventFile,
+}
+
+impl Log {
+    /// Begins, or goes on behind the steps that were made.
+    fn open(output: &Path, state: &RunState) -> Result<Self, TrainError> {
+        std::fs::create_dir_all(output).map_err(io_error("create", output))?;
+        let metrics = Metrics::open(&output.join(METRICS_FILE), state.step, state.skipped_steps)?;
+        Ok(Self { metrics, events: EventFile::create(&output.join(EVENTS_FOLDER), state.step)? })
+    }
 }
 
 /// Whether a run begins or goes on.
@@ -145,6 +172,7 @@ impl Trainer {
     /// Opens model and data and checks both. `files` are those of the model that the configuration names.
     pub fn new(config: TrainConfig, files: impl Into<ModelFiles>, start: Start) -> Result<Self, TrainError> {
         let files = files.into();
+        state::recover(&config.output)?;
         let checkpoints = state::list(&config.output);
         check_output(&config.output, start, &checkpoints)?;
         let processor = Processor::from_pretrained(&files)?;
@@ -154,7 +182,7 @@ impl Trainer {
         let encoder = Encoder::new(processor.clone(), config.sequence, config.augment, config.seed);
         let report = DataReport::new(&mixture, &encoder, config.loading.check);
         check_broken(&report, config.loading.max_broken)?;
-        let evaluation = evaluation_set(&config, &mixture, &encoder)?;
+        let evaluation = EvaluationSet::load(&config, &mixture, &encoder)?;
         let prompts = prompts(&config, &processor)?;
 
         let ctx = context(&config, &source.weights);
@@ -186,9 +214,8 @@ impl Trainer {
             }
             _ => RunState::new(total_steps, data, stream.position()),
         };
-        std::fs::create_dir_all(&config.output).map_err(io_error("create", &config.output))?;
-        let metrics = Metrics::open(&config.output.join(METRICS_FILE), state.step)?;
-        let events = EventFile::create(&config.output.join(EVENTS_FOLDER), state.step)?;
+        // A run that goes on has its checkpoint.
+        let saved = (state.step > 0).then(|| state.clone());
         let optimizer = &config.optimizer;
         let rules = StepRules {
             adamw: optimizer.adamw(),
@@ -218,14 +245,16 @@ impl Trainer {
             schedule,
             stream,
             state,
-            metrics,
-            events,
+            log: None,
             evaluation,
             prompts,
             report,
             memory,
             longest,
             rollbacks: 0,
+            written_config: None,
+            saved,
+            is_going_back: false,
         })
     }
 
@@ -249,6 +278,11 @@ impl Trainer {
         &self.config
     }
 
+    /// A file with that configuration, once the run has begun; none where another file has its name.
+    pub fn written_config(&self) -> Option<&Path> {
+        self.written_config.as_deref()
+    }
+
     /// Where the run is.
     pub fn state(&self) -> &RunState {
         &self.state
@@ -256,7 +290,12 @@ impl Trainer {
 
     /// Sequences of an evaluation.
     pub fn num_evaluation_sequences(&self) -> usize {
-        self.evaluation.len()
+        self.evaluation.sequences.len()
+    }
+
+    /// Samples of evaluations that cannot be used.
+    pub fn broken_evaluation_samples(&self) -> &[SampleError] {
+        &self.evaluation.broken
     }
 
     /// Runs the largest batch forward and backward, and forgets it: what memory does not hold ends here, and not
@@ -270,25 +309,66 @@ impl Trainer {
         Ok(())
     }
 
-    /// Trains until the end, or until `stop` is set.
+    /// Trains until the end, or until `stop` is set. A run that fails is saved first, where its weights are sound.
     pub fn run(
         &mut self,
         stop: &AtomicBool,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Summary, TrainError> {
-        let mut last_evaluation = None;
-        let mut saved_at = None;
-        let end = loop {
+        self.log = Some(Log::open(&self.config.output, &self.state)?);
+        let written = self.config.output.join(CONFIG_FILE);
+        self.written_config = self.config.write(&written)?.then_some(written);
+        let result = self.train(stop, on_event);
+        if result.is_err() && self.is_unsaved() && !self.is_going_back {
+            // The first failure is the one to be told.
+            let _ = self.save(on_event);
+        }
+        result
+    }
+
+    fn train(
+        &mut self,
+        stop: &AtomicBool,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Summary, TrainError> {
+        let mut evaluation = None;
+        let end = self.steps(stop, &mut evaluation, on_event)?;
+        let step = self.state.step;
+        if end != End::Interrupted && !self.evaluation.sequences.is_empty() {
+            let is_new = evaluation.as_ref().is_none_or(|last: &EvaluationRecord| last.step != step);
+            if is_new {
+                evaluation = Some(self.evaluate(on_event)?);
+            }
+        }
+        if self.is_unsaved() {
+            self.save(on_event)?;
+        }
+        let model = if end == End::Interrupted { None } else { Some(self.save_result()?) };
+        if let Err(error) = self.draw() {
+            on_event(Event::NotDrawn(&error));
+        }
+        let total_steps = self.state.total_steps;
+        Ok(Summary { end, step, total_steps, evaluation, best: self.state.best, model })
+    }
+
+    /// Steps with all that comes between them, until there is a reason to end.
+    fn steps(
+        &mut self,
+        stop: &AtomicBool,
+        evaluation: &mut Option<EvaluationRecord>,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<End, TrainError> {
+        loop {
             if self.state.step >= self.state.total_steps && self.config.run.steps.is_some() {
-                break End::Finished;
+                return Ok(End::Finished);
             }
             if stop.load(Ordering::Relaxed) {
-                break End::Interrupted;
+                return Ok(End::Interrupted);
             }
             let begun = Instant::now();
             let batches = self.next_batches(on_event)?;
             if batches.is_empty() {
-                break End::Finished;
+                return Ok(End::Finished);
             }
             let waited = begun.elapsed().as_secs_f64();
             if !self.step(&batches, begun, waited, on_event)? {
@@ -296,36 +376,38 @@ impl Trainer {
                 continue;
             }
             let step = self.state.step;
-            if step.is_multiple_of(self.config.evaluation.every) && !self.evaluation.is_empty() {
-                last_evaluation = Some(self.evaluate(on_event)?);
+            if step.is_multiple_of(self.config.evaluation.every) && !self.evaluation.sequences.is_empty() {
+                *evaluation = Some(self.evaluate(on_event)?);
+                if self.is_best() && self.config.checkpoints.every < self.state.total_steps {
+                    self.save(on_event)?;
+                }
                 let patience = self.config.evaluation.patience;
                 if patience > 0 && self.state.evaluations_since_best >= patience {
-                    break End::StoppedEarly;
+                    return Ok(End::StoppedEarly);
                 }
             }
             if step.is_multiple_of(self.config.samples.every) {
                 self.sample(on_event)?;
             }
-            if step.is_multiple_of(self.config.checkpoints.every) {
+            if step.is_multiple_of(self.config.checkpoints.every) && self.is_unsaved() {
                 self.save(on_event)?;
-                saved_at = Some(step);
-            }
-        };
-        let step = self.state.step;
-        if end != End::Interrupted && !self.evaluation.is_empty() {
-            let is_new = last_evaluation.as_ref().is_none_or(|last: &EvaluationRecord| last.step != step);
-            if is_new {
-                last_evaluation = Some(self.evaluate(on_event)?);
             }
         }
-        if saved_at != Some(step) && step > 0 {
-            self.save(on_event)?;
-        }
+    }
+
+    /// Whether there is more than the newest checkpoint has.
+    fn is_unsaved(&self) -> bool {
+        self.state.step > 0 && self.saved.as_ref() != Some(&self.state)
+    }
+
+    /// Whether no evaluation was better than that of this step.
+    fn is_best(&self) -> bool {
+        self.state.best.is_some_and(|best| best.step == self.state.step)
+    }
+
+    fn draw(&self) -> Result<(), TrainError> {
         let records = metrics::read(&self.config.output.join(METRICS_FILE))?;
-        write_curves(&self.config.output.join(CURVES_FILE), &records)?;
-        let model = if end == End::Interrupted { None } else { Some(self.save_result()?) };
-        let total_steps = self.state.total_steps;
-        Ok(Summary { end, step, total_steps, evaluation: last_evaluation, model })
+        write_curves(&self.config.output.join(CURVES_FILE), &records)
     }
 
     /// The passes of one step; fewer at the end of the data.
@@ -410,6 +492,7 @@ impl Trainer {
         if self.state.spikes.in_a_row < self.config.spikes.patience.max(1) {
             return Ok(());
         }
+        self.is_going_back = true;
         self.rollbacks += 1;
         if self.rollbacks > MAX_ROLLBACKS {
             return Err(TrainError::Diverged { rollbacks: MAX_ROLLBACKS, step: self.state.step });
@@ -431,8 +514,8 @@ impl Trainer {
         state.broken_samples = self.state.broken_samples;
         state.spikes.in_a_row = 0;
         self.state = state;
-        self.metrics = Metrics::open(&self.config.output.join(METRICS_FILE), self.state.step)?;
-        self.events = EventFile::create(&self.config.output.join(EVENTS_FOLDER), self.state.step)?;
+        self.is_going_back = false;
+        self.log = Some(Log::open(&self.config.output, &self.state)?);
         on_event(Event::RolledBack { step: self.state.step });
         Ok(())
     }
@@ -465,7 +548,7 @@ impl Trainer {
         let model = self.learner.model()?;
         let mut loss = LossSum::default();
         let (tokens, images) = (self.config.batch.tokens, self.config.batch.images);
-        let mut rest = self.evaluation.as_slice();
+        let mut rest = self.evaluation.sequences.as_slice();
         while !rest.is_empty() {
             let mut sums = (0, 0);
             let fits = rest.iter().take_while(|sequence| {
@@ -509,13 +592,15 @@ impl Trainer {
         let best = self.state.best.map(|best| best.step);
         state::prune(&self.config.output, self.config.checkpoints.keep, best)?;
         self.rollbacks = 0;
+        self.saved = Some(self.state.clone());
         on_event(Event::Saved(&path));
         Ok(())
     }
 
     fn record(&mut self, record: &Record) -> Result<(), TrainError> {
-        self.metrics.write(record)?;
-        self.events.record(record)
+        let Some(log) = &mut self.log else { return Ok(()) };
+        log.metrics.write(record)?;
+        log.events.record(record)
     }
 
     fn save_result(&self) -> Result<PathBuf, TrainError> {
@@ -587,34 +672,44 @@ fn mixture(sources: &[SourceConfig], held_out: f64, seed: u64) -> Result<Mixture
     Mixture::new(sources.iter().map(share).collect::<Result<_, DataError>>()?, held_out, seed)
 }
 
-/// The sequences of all evaluations, read once.
-fn evaluation_set(
-    config: &TrainConfig,
-    training: &Mixture,
-    encoder: &Encoder,
-) -> Result<Vec<TrainingSequence>, TrainError> {
-    let encoder = encoder.without_augmentation();
-    let most = config.evaluation.max_samples;
-    let held_out = training.held_out();
-    // Evenly from all sources when there are more than are wanted.
-    let stride = held_out.len().div_ceil(most.max(1)).max(1);
-    let mut sequences = Vec::new();
-    let mut take = |mixture: &Mixture, addresses: &[Address]| {
+/// The data of all evaluations, read once.
+struct EvaluationSet {
+    sequences: Vec<TrainingSequence>,
+    /// Samples that cannot be used.
+    broken: Vec<SampleError>,
+}
+
+impl EvaluationSet {
+    fn load(config: &TrainConfig, training: &Mixture, encoder: &Encoder) -> Result<Self, TrainError> {
+        let encoder = encoder.without_augmentation();
+        let most = config.evaluation.max_samples;
+        let held_out = training.held_out();
+        // Evenly from all sources when there are more than are wanted.
+        let stride = held_out.len().div_ceil(most.max(1)).max(1);
+        let mut set = Self { sequences: Vec::new(), broken: Vec::new() };
+        set.read(training, &encoder, &held_out.iter().copied().step_by(stride).collect::<Vec<_>>());
+        if !config.evaluation.data.is_empty() {
+            let mut mixture = mixture(&config.evaluation.data, 0.0, config.seed)?;
+            let count = mixture.num_samples().min(most as u64);
+            let addresses: Vec<Address> = (0..count).map(|_| mixture.advance()).collect();
+            set.read(&mixture, &encoder, &addresses);
+        }
+        match set.broken.last() {
+            Some(last) if set.sequences.is_empty() => {
+                Err(TrainError::NoEvaluation { read: set.broken.len(), last: last.clone() })
+            }
+            _ => Ok(set),
+        }
+    }
+
+    fn read(&mut self, mixture: &Mixture, encoder: &Encoder, addresses: &[Address]) {
         for &address in addresses {
-            // A broken sample is named when it is met; here it only does not count.
-            if let Ok(loaded) = load(&encoder, &**mixture.source(address), address) {
-                sequences.extend(loaded);
+            match load(encoder, &**mixture.source(address), address) {
+                Ok(sequences) => self.sequences.extend(sequences),
+                Err(error) => self.broken.push(error),
             }
         }
-    };
-    take(training, &held_out.iter().copied().step_by(stride).collect::<Vec<_>>());
-    if !config.evaluation.data.is_empty() {
-        let mut mixture = mixture(&config.evaluation.data, 0.0, config.seed)?;
-        let count = mixture.num_samples().min(most as u64);
-        let addresses: Vec<Address> = (0..count).map(|_| mixture.advance()).collect();
-        take(&mixture, &addresses);
     }
-    Ok(sequences)
 }
 
 /// The largest batch that the run can meet, as far as its samples were looked at: the longest sequence, as often
@@ -702,6 +797,11 @@ fn make_parameters(
     lora: Option<&Lora>,
 ) -> Result<Parameters, TrainError> {
     let rules = config.trainable.rules(&source.config, default_preset(lora))?;
+    let tensors = expected_tensors(&source.config);
+    let names: Vec<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+    if let Some((field, parts)) = config.trainable.unused_pattern(&names) {
+        return Err(TrainError::UnusedPattern { field, parts: parts.clone() });
+    }
     let is_tied = source.config.tie_word_embeddings;
     if let Some(options) = &config.quantize {
         quantize_weights(&mut weights, &options.recipe())?;
@@ -714,9 +814,12 @@ fn make_parameters(
     if parameters.num_trained() == 0 {
         return Err(TrainError::NothingTrained);
     }
-    let of_tower = parameters.trained().find(|(name, _)| name.starts_with("model.vision_model."));
-    if let (Some((name, _)), true) = (of_tower, config.loading.image_cache_gb > 0.0) {
-        return Err(TrainError::TrainedTower { trained: name.to_owned() });
+    // Factors are called after the adapter's file, so their layers are asked.
+    let layers = lora.into_iter().flat_map(|lora| &lora.layers).map(|layer| layer.module.as_str());
+    let trained = parameters.trained().map(|(name, _)| name).chain(layers);
+    let of_tower = trained.map(str::to_owned).find(|name| name.starts_with("model.vision_model."));
+    if let (Some(trained), true) = (of_tower, config.loading.image_cache_gb > 0.0) {
+        return Err(TrainError::TrainedTower { trained });
     }
     for rate in &config.trainable.rates {
         if !parameters.trained().any(|(name, _)| rate.fits(name)) {

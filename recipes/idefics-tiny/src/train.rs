@@ -92,7 +92,7 @@ pub(crate) fn train(folders: &Folders) -> Result<()> {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("stages").join(format!("{stage}.toml"));
         let file = file.to_string_lossy();
         let mut arguments = vec!["train", &*file];
-        if run.exists() {
+        if has_checkpoint(&run) {
             arguments.push("--resume");
         } else if *stage == AVERAGED.0 {
             average::average(folders, &model_of(folders, AVERAGED.1), SHARE, "averaged")?;
@@ -101,6 +101,12 @@ pub(crate) fn train(folders: &Folders) -> Result<()> {
         }
         idefics(folders, &arguments)
     })
+}
+
+/// Whether a stage got so far that it can go on; one that was killed before begins again.
+fn has_checkpoint(run: &Path) -> bool {
+    let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name()).any(|name| name.to_string_lossy().starts_with("checkpoint-"))
 }
 
 /// What a stage made.
@@ -134,4 +140,21 @@ pub(crate) fn quantize(folders: &Folders) -> Result<()> {
 /// The linear layers of `parts` in 4 bits.
 fn pack(folders: &Folders, from: &str, to: &str, parts: &str) -> Result<()> {
     idefics(folders, &["quantize", from, to, "--format", "nf4", "--double-quant", "--parts", parts])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_go_on_from_checkpoints_alone() {
+        let run = std::env::temp_dir().join(format!("idefics-stage-{}", std::process::id()));
+        assert!(!has_checkpoint(&run));
+        std::fs::create_dir_all(run.join("tensorboard")).unwrap();
+        std::fs::create_dir(run.join(".checkpoint-00000100.partial")).unwrap();
+        assert!(!has_checkpoint(&run));
+        std::fs::create_dir(run.join("checkpoint-00000100")).unwrap();
+        assert!(has_checkpoint(&run));
+        std::fs::remove_dir_all(&run).unwrap();
+    }
 }

@@ -23,11 +23,12 @@ const EXAMPLES: &str = "\
 Examples:
   idefics train pets.toml
   idefics train pets.toml --steps 200 --learning-rate 2e-5 --output runs/pets-2
-  idefics train pets.toml --set batch.accumulation=4 --set trainable.preset=frozen-backbones
+  idefics train pets.toml --set batch.accumulation=8 --set optimizer.moments=8bit
   idefics train pets.toml --resume
+  idefics train runs/pets-2/config.toml --resume
 
 The configuration and how to choose it: docs/fine-tuning.md. Ctrl-C saves and ends; --resume goes on as if nothing
-had happened.";
+had happened. A run whose flags changed its configuration goes on from the config.toml in its output directory.";
 
 /// Train a model: all of it, some of its parts, or LoRA beside it
 #[derive(clap::Args)]
@@ -57,7 +58,7 @@ pub(crate) struct Args {
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
 
-    /// Steps of the optimiser
+    /// Steps of the optimiser, in place of the configuration's steps or epochs
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
 
@@ -98,6 +99,12 @@ fn toml_text(text: &str) -> String {
     json!(text).to_string()
 }
 
+/// A text as one word of a command line.
+fn shell_word(text: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "/\\._-+=:@%".contains(c);
+    if text.chars().all(is_plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     pack_large_blocks();
     let config = TrainConfig::load(&args.config, &args.overrides())?;
@@ -122,9 +129,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.json {
         return Ok(output::print(&summary_json(&summary).to_string())?);
     }
-    let resume = format!("idefics train {} --resume", args.config.display());
+    // The run's own file has what flags said, too.
+    let config = trainer.written_config().unwrap_or(&args.config);
+    let resume = format!("idefics train {} --resume", shell_word(&config.to_string_lossy()));
     Ok(output::print(&summary_text(&summary, &resume))?)
 }
+
+/// Broken samples of the evaluation that are named.
+const NAMED: usize = 20;
 
 /// What is about to happen, on stderr.
 fn describe(trainer: &Trainer) {
@@ -148,6 +160,10 @@ fn describe(trainer: &Trainer) {
     );
     for broken in &report.broken {
         eprintln!("broken: {broken}");
+    }
+    let not_evaluated = trainer.broken_evaluation_samples();
+    for broken in not_evaluated.iter().take(NAMED) {
+        eprintln!("broken, of the evaluation: {broken}");
     }
     if let Some((_, tokens, images)) = report.longest {
         eprintln!("longest sequence: {tokens} tokens, {images} pictures");
@@ -175,15 +191,27 @@ fn describe(trainer: &Trainer) {
     if state.step > 0 {
         eprintln!("resuming after step {}", state.step);
     }
-    eprintln!("steps: {}; evaluation: {} sequences", state.total_steps, trainer.num_evaluation_sequences());
+    let broken = match not_evaluated.len() {
+        0 => String::new(),
+        count => format!(", {count} samples are broken"),
+    };
+    let sequences = trainer.num_evaluation_sequences();
+    eprintln!("steps: {}; evaluation: {sequences} sequences{broken}", state.total_steps);
 }
 
 fn summary_text(summary: &Summary, resume: &str) -> String {
     let evaluation = summary.evaluation.map_or(String::new(), |record| {
         format!(", held-out loss {:.4}, accuracy {:.3}", record.loss, record.accuracy)
     });
-    let steps = format!("{} of {} steps{evaluation}", summary.step, summary.total_steps);
+    let best = match summary.best.filter(|best| best.step != summary.step) {
+        Some(best) => format!(" (the lowest was {:.4} at step {})", best.loss, best.step),
+        None => String::new(),
+    };
+    let steps = format!("{} of {} steps{evaluation}{best}", summary.step, summary.total_steps);
     match (summary.end, &summary.model) {
+        (End::Interrupted, _) if summary.step == 0 => {
+            "stopped before the first step; nothing was saved".to_owned()
+        }
         (End::Interrupted, _) => format!("stopped after {steps}; go on with: {resume}"),
         (end, model) => {
             let model =
@@ -205,6 +233,7 @@ fn summary_json(summary: &Summary) -> serde_json::Value {
         "step": summary.step,
         "total_steps": summary.total_steps,
         "evaluation": summary.evaluation,
+        "best": summary.best,
         "model": summary.model,
     })
 }
@@ -251,6 +280,7 @@ impl Display {
             Event::Sampled { prompt, text } => self.line(&format!("prompt {prompt}: {text:?}")),
             Event::Broken(error) => self.line(&format!("broken: {error}")),
             Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+            Event::NotDrawn(error) => self.line(&format!("no curves: {error}")),
         }
     }
 
@@ -318,5 +348,44 @@ mod tests {
         assert_eq!((config.seed, config.run.steps), (1, Some(7)));
         assert_eq!(config.output, PathBuf::from("a \"b\""));
         assert_eq!(config.optimizer.learning_rate, 1e-5);
+    }
+
+    #[test]
+    fn what_goes_on_is_one_line_or_nothing() {
+        let summary = |step| Summary {
+            end: End::Interrupted,
+            step,
+            total_steps: 9,
+            evaluation: None,
+            best: None,
+            model: None,
+        };
+        let resume = format!("idefics train {} --resume", shell_word("my runs/it's/config.toml"));
+        assert_eq!(
+            summary_text(&summary(3), &resume),
+            r"stopped after 3 of 9 steps; go on with: idefics train 'my runs/it'\''s/config.toml' --resume"
+        );
+        assert!(!summary_text(&summary(0), &resume).contains("--resume"));
+    }
+
+    /// What `--help` and the README show can be typed with the guide's configuration.
+    #[test]
+    fn examples_fit_the_guide() {
+        let guide = include_str!("../../../../docs/fine-tuning.md");
+        let block = guide.split("```toml\n").nth(1).and_then(|block| block.split("```").next()).unwrap();
+        let readme = include_str!("../../../../README.md");
+        let lines = EXAMPLES.lines().chain(readme.lines()).map(str::trim);
+        let mut seen = 0;
+        for example in lines.filter_map(|line| line.strip_prefix("idefics train pets.toml")) {
+            let words = ["train", "pets.toml"].into_iter().chain(example.split_whitespace());
+            let args = Line::try_parse_from(words).expect(example).args;
+            let config = TrainConfig::parse("pets.toml", block, &args.overrides()).expect(example);
+            let bound = (args.steps, args.steps.is_none().then_some(3.0));
+            assert_eq!((config.run.steps, config.run.epochs), bound, "{example}");
+            // Packed layers are not trained themselves.
+            assert!(config.trainable.preset.is_none(), "{example}");
+            seen += 1;
+        }
+        assert!(seen >= 4, "{seen}");
     }
 }

@@ -12,12 +12,13 @@
 //! Surprising: a chat becomes the dialogue that the instruct checkpoints were trained on (`User: …`,
 //! `\nAssistant: …`, each turn ended by `<end_of_utterance>`), of which the answers are what follows
 //! `Assistant:`, the end of the utterance included. Picture parts without a place take the next of the line's
-//! `images`, as TRL writes it.
+//! `images`, as TRL writes it. Other fields may be there, such as an `id`; but none that another kind of line has,
+//! nor one that names a picture which nothing would show.
 
 use std::{path::Path, sync::Arc};
 
 use idefics::processor::{END_OF_UTTERANCE, ImageSource};
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 
 use super::sample::{Piece, Role, Sample, SampleKind};
 
@@ -41,6 +42,27 @@ struct Line {
     text: Option<String>,
     messages: Option<Vec<Message>>,
     images: Option<Vec<ImageName>>,
+    image: Option<IgnoredAny>,
+    image_path: Option<IgnoredAny>,
+    image_url: Option<IgnoredAny>,
+}
+
+impl Line {
+    /// The fields that are there and mean something, in the order of the documentation.
+    fn fields(&self) -> Vec<&'static str> {
+        let fields = [
+            ("segments", self.segments.is_some()),
+            ("prompt", self.prompt.is_some()),
+            ("continuation", self.continuation.is_some()),
+            ("text", self.text.is_some()),
+            ("messages", self.messages.is_some()),
+            ("images", self.images.is_some()),
+            ("image", self.image.is_some()),
+            ("image_path", self.image_path.is_some()),
+            ("image_url", self.image_url.is_some()),
+        ];
+        fields.into_iter().filter(|(_, is_there)| *is_there).map(|(name, _)| name).collect()
+    }
 }
 
 #[derive(Deserialize)]
@@ -85,8 +107,8 @@ impl ImageName {
 /// The sample of one JSON object.
 pub(super) fn parse(json: &[u8], find: FindImage<'_>) -> Result<Sample, String> {
     let line: Line = serde_json::from_slice(json).map_err(|error| error.to_string())?;
-    match line {
-        Line { segments: Some(segments), prompt: None, messages: None, text: None, .. } => {
+    match (line.fields().as_slice(), line) {
+        (["segments"], Line { segments: Some(segments), .. }) => {
             let kind = if segments.iter().any(|segment| segment.answer) {
                 SampleKind::Pair
             } else {
@@ -94,19 +116,29 @@ pub(super) fn parse(json: &[u8], find: FindImage<'_>) -> Result<Sample, String> 
             };
             Ok(Sample { pieces: pieces(segments, find)?, kind })
         }
-        Line { prompt: Some(prompt), continuation: Some(answer), messages: None, text: None, .. } => {
+        (["prompt", "continuation"], Line { prompt: Some(prompt), continuation: Some(answer), .. }) => {
             let mut pieces = pieces(prompt, find)?;
             pieces.push(Piece::answer(answer));
             Ok(Sample { pieces, kind: SampleKind::Pair })
         }
-        Line { text: Some(text), prompt: None, messages: None, .. } => {
+        (["text"], Line { text: Some(text), .. }) => {
             Ok(Sample { pieces: vec![Piece::answer(text)], kind: SampleKind::Document })
         }
-        Line { messages: Some(messages), prompt: None, images, .. } => {
+        (["messages"] | ["messages", "images"], Line { messages: Some(messages), images, .. }) => {
             let images = images.unwrap_or_default();
             Ok(Sample { pieces: dialogue(&messages, &images, find)?, kind: SampleKind::Pair })
         }
-        _ => Err("expected one of `segments`, `prompt` with `continuation`, `text`, `messages`".to_owned()),
+        (fields, _) => Err(not_one_kind(fields)),
+    }
+}
+
+fn not_one_kind(fields: &[&str]) -> String {
+    let kinds = "expected one of `segments`, `prompt` with `continuation`, `text`, `messages`";
+    let got = fields.join("`, `");
+    match fields {
+        [] => kinds.to_owned(),
+        [_] => format!("{kinds}, got `{got}` alone"),
+        _ => format!("{kinds}, got `{got}` together: a picture has its place in `segments` or `prompt`"),
     }
 }
 
@@ -272,6 +304,24 @@ mod tests {
             r#"{"messages":[{"role":"tool","content":"a"}]}"#,
             "error: message 0: expected role user or assistant, got `tool`",
         );
+        // A picture that nothing would show, or a second sample in one line.
+        let kinds = "error: expected one of `segments`, `prompt` with `continuation`, `text`, `messages`";
+        let together = |fields| {
+            format!("{kinds}, got {fields} together: a picture has its place in `segments` or `prompt`")
+        };
+        check(r#"{"image":"x","text":"a"}"#, &together("`text`, `image`"));
+        check(r#"{"images":["x"],"text":"a"}"#, &together("`text`, `images`"));
+        check(r#"{"text":"a","segments":[{"image":"x"}]}"#, &together("`segments`, `text`"));
+        check(r#"{"segments":[{"image":"x"}],"continuation":"a"}"#, &together("`segments`, `continuation`"));
+        check(
+            r#"{"messages":[],"prompt":[],"continuation":"a"}"#,
+            &together("`prompt`, `continuation`, `messages`"),
+        );
+        check(
+            r#"{"prompt":[],"continuation":"a","image_path":"x"}"#,
+            &together("`prompt`, `continuation`, `image_path`"),
+        );
+        check(r#"{"prompt":[{"image":"x"}]}"#, &format!("{kinds}, got `prompt` alone"));
         check("nonsense", "error: expected ident at line 1 column 2");
     }
 }

@@ -34,6 +34,16 @@ pub enum DataError {
         /// The path or pattern.
         pattern: PathBuf,
     },
+    /// A key that the chosen format does not read.
+    #[error("data: the format {format} does not read `{key}`: expected it with {readers}")]
+    UnreadKey {
+        /// The key.
+        key: &'static str,
+        /// The format.
+        format: Format,
+        /// The formats that read it.
+        readers: String,
+    },
     /// A source without samples.
     #[error("{}: no samples", path.display())]
     Empty {

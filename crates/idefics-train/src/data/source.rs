@@ -14,6 +14,7 @@ use super::{
     jsonl::JsonLines,
     obelics::Obelics,
     sample::{Sample, SampleError},
+    template::Template,
     webdataset::WebDataset,
 };
 
@@ -51,6 +52,18 @@ pub enum Format {
     WebDataset,
 }
 
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Jsonl => "jsonl",
+            Self::Images => "images",
+            Self::Csv => "csv",
+            Self::Obelics => "obelics",
+            Self::WebDataset => "webdataset",
+        })
+    }
+}
+
 /// One entry of the mixture.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -66,15 +79,13 @@ pub struct SourceConfig {
     /// Whether samples are shuffled.
     #[serde(default = "yes")]
     pub shuffle: bool,
-    /// What is put before a caption, with `<image>` where the picture goes and `{column}` for other columns.
-    #[serde(default = "default_prompt")]
-    pub prompt: String,
-    /// What is to be written, `{caption}` or any other column.
-    #[serde(default = "default_answer")]
-    pub answer: String,
-    /// The column of pictures in a table.
-    #[serde(default = "default_image_column")]
-    pub image_column: String,
+    /// What is put before a caption, with `<image>` where the picture goes and `{column}` for other columns; the
+    /// picture alone if nothing is said.
+    pub prompt: Option<String>,
+    /// What is to be written, `{caption}` or any other column; the caption if nothing is said.
+    pub answer: Option<String>,
+    /// The column of pictures in a table; `image` if nothing is said.
+    pub image_column: Option<String>,
 }
 
 /// One path or several.
@@ -91,18 +102,6 @@ fn yes() -> bool {
     true
 }
 
-fn default_prompt() -> String {
-    "<image>".to_owned()
-}
-
-fn default_answer() -> String {
-    "{caption}".to_owned()
-}
-
-fn default_image_column() -> String {
-    "image".to_owned()
-}
-
 impl SourceConfig {
     /// A source with nothing said but where it is.
     pub fn new(format: Format, path: impl Into<PathBuf>) -> Self {
@@ -112,22 +111,25 @@ impl SourceConfig {
             image_root: None,
             weight: None,
             shuffle: true,
-            prompt: default_prompt(),
-            answer: default_answer(),
-            image_column: default_image_column(),
+            prompt: None,
+            answer: None,
+            image_column: None,
         }
     }
 
     /// Opens it; `base` is where relative paths begin.
     pub fn open(&self, base: &Path) -> Result<Arc<dyn Source>, DataError> {
+        self.check_keys()?;
         let paths = self.paths(base)?;
         let root = self.image_root.as_ref().map(|root| base.join(root));
-        let template = super::template::Template::parse(&self.prompt, &self.answer)?;
+        let or = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.to_owned());
+        let template = Template::parse(&or(&self.prompt, "<image>"), &or(&self.answer, "{caption}"))?;
         let source: Arc<dyn Source> = match self.format {
             Format::Jsonl => Arc::new(JsonLines::open(&paths, root.as_deref())?),
             Format::Images => Arc::new(FolderSource::open(&paths, template)?),
             Format::Csv => {
-                Arc::new(TableSource::open(&paths, root.as_deref(), &self.image_column, template)?)
+                let column = or(&self.image_column, "image");
+                Arc::new(TableSource::open(&paths, root.as_deref(), &column, template)?)
             }
             Format::Obelics => Arc::new(Obelics::open(&paths, root.as_deref())?),
             Format::WebDataset => Arc::new(WebDataset::open(&paths, template)?),
@@ -136,6 +138,25 @@ impl SourceConfig {
             return Err(DataError::Empty { path: paths[0].clone() });
         }
         Ok(source)
+    }
+
+    /// Refuses what the format does not read: whoever wrote it expects something of it.
+    fn check_keys(&self) -> Result<(), DataError> {
+        use Format::{Csv, Images, Jsonl, Obelics, WebDataset};
+        let keys: [(_, _, &[Format]); 4] = [
+            ("prompt", self.prompt.is_some(), &[Images, Csv, WebDataset]),
+            ("answer", self.answer.is_some(), &[Images, Csv, WebDataset]),
+            ("image_column", self.image_column.is_some(), &[Csv]),
+            ("image_root", self.image_root.is_some(), &[Jsonl, Csv, Obelics]),
+        ];
+        let unread =
+            keys.into_iter().find(|(_, is_given, readers)| *is_given && !readers.contains(&self.format));
+        match unread {
+            Some((key, _, readers)) => {
+                Err(DataError::UnreadKey { key, format: self.format, readers: names(readers) })
+            }
+            None => Ok(()),
+        }
     }
 
     /// The files and folders that are meant, in the order of their names.
@@ -173,6 +194,11 @@ impl SourceConfig {
     }
 }
 
+/// Formats as the configuration calls them.
+fn names(formats: &[Format]) -> String {
+    formats.iter().map(Format::to_string).collect::<Vec<_>>().join(", ")
+}
+
 /// Whether a name fits a pattern in which `*` stands for any characters.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
@@ -205,6 +231,30 @@ mod tests {
         ] {
             assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
         }
+    }
+
+    #[test]
+    fn keys_that_a_format_does_not_read_are_refused() {
+        let text = || Some("{caption}".to_owned());
+        let check = |source: SourceConfig, expected: &str| {
+            let error = source.open(Path::new("nowhere")).err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        let new = |format| SourceConfig::new(format, "x");
+        check(
+            SourceConfig { answer: text(), ..new(Format::Jsonl) },
+            "data: the format jsonl does not read `answer`: expected it with images, csv, webdataset",
+        );
+        check(SourceConfig { prompt: text(), ..new(Format::Obelics) }, "obelics does not read `prompt`");
+        let image_root = Some(PathBuf::from("pictures"));
+        check(
+            SourceConfig { image_root: image_root.clone(), ..new(Format::Images) },
+            "the format images does not read `image_root`: expected it with jsonl, csv, obelics",
+        );
+        check(SourceConfig { image_root, ..new(Format::WebDataset) }, "does not read `image_root`");
+        check(SourceConfig { image_column: text(), ..new(Format::Images) }, "expected it with csv");
+        // What is read is not refused; here the file is missing.
+        check(SourceConfig { image_column: text(), ..new(Format::Csv) }, "no such file");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! `000.jpg`, `000.txt`: a picture with its caption, put into the template. `000.json` with `segments`, `prompt`,
 //! `messages` or `text` is a sample of its own kind, whose pictures are named by their endings (`"image": "1.jpg"`
-//! is `000.1.jpg`); any other `000.json` has columns for the template.
+//! is `000.1.jpg`), so that a `text`, which names none, has no picture beside it; any other `000.json` has columns for
+//! the template.
 //! Headers are read once, when the shard is opened; contents when a sample is asked for.
 
 use std::{
@@ -46,6 +47,14 @@ struct Entry {
     key: String,
     /// First byte and number of bytes, by ending.
     files: BTreeMap<String, (u64, u64)>,
+}
+
+impl Entry {
+    /// The ending of its first picture.
+    fn picture(&self) -> Option<&str> {
+        let is_picture = |ending: &&String| has_image_name(Path::new(&format!("x.{ending}")));
+        self.files.keys().find(is_picture).map(String::as_str)
+    }
 }
 
 impl WebDataset {
@@ -108,6 +117,12 @@ impl WebDataset {
             let json = self.read_file(entry, "json")?;
             let fields: BTreeMap<String, Value> =
                 serde_json::from_slice(&json).map_err(|error| format!(".json: {error}"))?;
+            if let (true, Some(ending)) = (fields.contains_key("text"), entry.picture()) {
+                return Err(format!(
+                    "`text` in .json shows no picture, got .{ending} beside it: expected `segments` or `prompt` that \
+                     name it, or `caption` for the template"
+                ));
+            }
             if ["segments", "prompt", "messages", "text"].iter().any(|field| fields.contains_key(*field)) {
                 let find = |name: &str| Ok(in_memory(self.read_file(entry, name)?));
                 return parse(&json, &find);
@@ -122,9 +137,8 @@ impl WebDataset {
                 .map_err(|_| ".txt is not UTF-8".to_owned())?;
             columns.insert("caption".to_owned(), text.trim().to_owned());
         }
-        let picture = entry.files.keys().find(|ending| has_image_name(Path::new(&format!("x.{ending}"))));
         let image = || {
-            let ending = picture.ok_or("there is no picture")?;
+            let ending = entry.picture().ok_or("there is no picture")?;
             Ok(in_memory(self.read_file(entry, ending)?))
         };
         self.template.fill(|name| columns.get(name).cloned(), image)
@@ -161,7 +175,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("shard.tar");
         let mut builder = tar::Builder::new(File::create(&path).unwrap());
-        let files: [(&str, &str); 7] = [
+        let files: [(&str, &str); 9] = [
             ("a/000.jpg", "picture 0"),
             ("a/000.txt", "a cat\n"),
             ("a/001.1.png", "picture 1"),
@@ -169,6 +183,8 @@ mod tests {
             ("a/002.json", r#"{"caption": "no picture"}"#),
             ("a/003.jpg", "picture 3"),
             ("a/003.json", r#"{"caption": "from json", "size": 3}"#),
+            ("a/004.jpg", "picture 4"),
+            ("a/004.json", r#"{"text": "about the picture"}"#),
         ];
         for (name, content) in files {
             let mut header = tar::Header::new_gnu();
@@ -179,7 +195,7 @@ mod tests {
         builder.finish().unwrap();
         let template = Template::parse("<image>", "{caption}").unwrap();
         let source = WebDataset::open(&[path], template).unwrap();
-        assert_eq!((source.num_samples(), source.blocks()), (4, vec![4]));
+        assert_eq!((source.num_samples(), source.blocks()), (5, vec![5]));
         let picture = |bytes: &str| Piece::Image(in_memory(bytes.as_bytes().to_vec()));
         assert_eq!(source.read(0).unwrap().pieces, [picture("picture 0"), Piece::answer("a cat")]);
         assert_eq!(
@@ -189,5 +205,7 @@ mod tests {
         assert_eq!(source.read(2).unwrap_err().reason, "there is no picture");
         assert_eq!(source.read(3).unwrap().pieces, [picture("picture 3"), Piece::answer("from json")]);
         assert!(source.place(3).ends_with("shard.tar, a/003"));
+        let error = source.read(4).unwrap_err().reason;
+        assert!(error.starts_with("`text` in .json shows no picture, got .jpg beside it"), "{error}");
     }
 }
