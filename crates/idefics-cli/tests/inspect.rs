@@ -210,7 +210,7 @@ fn lines_are_tokenized_one_by_one() {
 
 #[test]
 fn kernels_that_cannot_be_had_are_no_silent_choice() {
-    let directory = model(Golden::default());
+    let directory = model(Golden::A);
     for (name, expected) in [("Portable", "unknown kernel tier `Portable`"), ("", "unknown kernel tier ``")] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_idefics"));
         let output = command.env("IDEFICS_ISA", name).arg("inspect").arg(directory.path()).output().unwrap();
