@@ -74,7 +74,7 @@ fn text(fields: &BTreeMap<u64, Vec<Field>>, number: u64) -> String {
 }
 
 fn hex(fields: &BTreeMap<u64, Vec<Field>>, number: u64) -> String {
-    parts(fields, number).concat().iter().map(|byte| format!("{byte:02x}")).collect()
+    parts(fields, number).concat().iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 fn number(fields: &BTreeMap<u64, Vec<Field>>, number: u64) -> u64 {
