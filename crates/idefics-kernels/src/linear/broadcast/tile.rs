@@ -2,12 +2,10 @@
 
 #![allow(clippy::cast_ptr_alignment)] // Weights are lines, activations are read a unit at a time.
 
-use std::arch::x86_64::{
-    __m512, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_load_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-};
+use std::arch::x86_64::{__m512, _mm512_add_ps, _mm512_load_si512, _mm512_set1_epi32, _mm512_setzero_ps};
 
 use super::{LANES, lane::Lane, transpose::Transposed};
-use crate::linear::job::Ahead;
+use crate::linear::{job::Ahead, tile::prefetch};
 
 /// Most rows of a tile: 28 sums, two registers of weights and one of activations fill the 32.
 pub(crate) const TILE_ROWS: usize = 14;
@@ -107,7 +105,7 @@ impl Tile {
                 let mut sums = [[_mm512_setzero_ps(); 2]; H];
                 let ahead = self.ahead.from.wrapping_add(leaf * self.ahead.bytes);
                 for at in (0..self.ahead.bytes).step_by(64) {
-                    _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(at).cast());
+                    prefetch(ahead.wrapping_add(at));
                 }
                 for _ in 0..self.steps {
                     let columns = [_mm512_load_si512(w[0].cast()), _mm512_load_si512(w[1].cast())];

@@ -8,12 +8,11 @@
 #![allow(clippy::cast_ptr_alignment)] // Loads are the unaligned ones throughout.
 
 use std::arch::x86_64::{
-    __m128i, __m512, __m512i, __mmask16, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm512_add_epi32,
-    _mm512_add_ps, _mm512_and_si512, _mm512_broadcast_i32x4, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_epi32,
-    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_srli_epi16, _mm512_storeu_si512,
-    _mm512_xor_si512,
+    __m128i, __m512, __m512i, __mmask16, _mm_loadu_si128, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
+    _mm512_broadcast_i32x4, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_epi32, _mm512_maskz_loadu_ps,
+    _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_srli_epi16, _mm512_storeu_si512, _mm512_xor_si512,
 };
 
 use super::{Activations, BLOCK, Block, Bytes};
@@ -394,7 +393,7 @@ unsafe fn transposed_line<F: Format>(p: &Panel<'_>, group: usize, line: usize) -
         let mut codes = [_mm512_setzero_si512(); LANES];
         for (lane, codes) in codes.iter_mut().enumerate() {
             let from = p.codes.add((group * LANES + lane).min(p.rows - 1) * p.row + line * LINE);
-            _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(ahead).cast());
+            prefetch(from.wrapping_add(ahead));
             *codes = _mm512_maskz_loadu_epi32(mask, from.cast());
         }
         transpose_registers(codes)

@@ -132,7 +132,7 @@ impl<'a> Client<'a> {
             if !is_passing || attempts == MAX_ATTEMPTS {
                 return result;
             }
-            std::thread::sleep(self.retry_pause * 2u32.pow(attempts - 1));
+            self.pause_after(attempts);
             attempts += 1;
         }
     }
@@ -187,9 +187,14 @@ impl<'a> Client<'a> {
                 if attempts >= MAX_ATTEMPTS {
                     return Err(HubError::BrokeOff { file: file.to_owned(), attempts, source: broken });
                 }
-                std::thread::sleep(self.retry_pause * 2u32.pow(attempts - 1));
+                self.pause_after(attempts);
             }
         }
+    }
+
+    /// Waits before the next of several attempts, longer after each.
+    fn pause_after(&self, attempts: u32) {
+        std::thread::sleep(self.retry_pause * 2u32.pow(attempts - 1));
     }
 
     /// Sends a request and follows redirects; returns the last answer and its address. `from` asks for the bytes
